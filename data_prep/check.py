@@ -1,0 +1,173 @@
+"""What is wrong with a task's files or a model folder, said before anything starts.
+
+Every function raises ValueError whose text says what was given, why it cannot work, and what to do. `klreg run
+--dry-run` calls them all.
+"""
+
+import json
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from data_prep.schema import check_file
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+MAX_PADDING_NATS = 0.003
+"""Largest log(model vocabulary / tokenizer vocabulary) let through [nats per token]; Qwen2.5 has 0.0018 to 0.0026."""
+
+
+def check_task(
+    train: Path,
+    val: Path,
+    tokenizer_folder: Path | None,
+    max_prompt_tokens: int,
+    known_sources: Collection[str] | None = None,
+) -> dict[str, int]:
+    """Checks both data files, and that every prompt, rendered by the tokenizer, has at most `max_prompt_tokens`
+    tokens.
+
+    `known_sources` are the data_source names that the reward function grades (data_prep.rewards.GRADERS), or None for
+    a reward function of the user's own. Without a tokenizer folder lengths are not checked.
+
+    Returns the counts train_rows and val_rows, and longest_prompt [tokens] if there is a tokenizer.
+    """
+    tables = {path: check_file(path) for path in (Path(train), Path(val))}
+    for path, table in tables.items():
+        _check_sources(path, table, known_sources)
+    counts = {"train_rows": tables[Path(train)].num_rows, "val_rows": tables[Path(val)].num_rows}
+    if tokenizer_folder is None:
+        return counts
+    tokenizer = _load_tokenizer(Path(tokenizer_folder))
+    longest = max(_check_lengths(path, table, tokenizer, max_prompt_tokens) for path, table in tables.items())
+    return counts | {"longest_prompt": longest}
+
+
+def check_model(folder: Path) -> dict[str, int]:
+    """Checks that a model folder has config, weights and tokenizer, and that the vocabularies fit.
+
+    Returns model_vocabulary and tokenizer_vocabulary [tokens].
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not a folder. Name a model folder, or make one (`klreg data tiny-model --help`)."
+        )
+    config = _read_config(folder)
+    _check_weights(folder)
+    tokenizer = _load_tokenizer(folder)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{folder}: the tokenizer has no chat template, so prompts cannot be rendered. Save one with it."
+        )
+    sizes = {"model_vocabulary": _vocabulary(config, folder), "tokenizer_vocabulary": len(tokenizer)}
+    check_vocabulary(folder, *sizes.values())
+    return sizes
+
+
+def check_vocabulary(folder: Path, model_size: int, tokenizer_size: int) -> None:
+    """Refuses a model that lacks rows for the tokenizer's ids, or that has noticeably more rows than ids.
+
+    Surplus rows matter by at most log(model_size / tokenizer_size) nats where the model has not learned to avoid them,
+    and by nearly nothing where it has; below MAX_PADDING_NATS, as in large released models, they are let through.
+    """
+    if model_size < tokenizer_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer_size} tokens, the model only {model_size} rows for them, so some "
+            "prompts cannot be embedded. Use the tokenizer that belongs to the model."
+        )
+    padding = math.log(model_size / tokenizer_size)
+    if padding > MAX_PADDING_NATS:
+        raise ValueError(
+            f"{folder}: the model's vocabulary ({model_size}) is larger than the tokenizer's ({tokenizer_size}). verl "
+            "masks the surplus logits in vLLM, but the trainer does not, so their log-probabilities, and every KL "
+            f"between them, are off by up to log({model_size}/{tokenizer_size}) = {padding:.3f} nats per token from "
+            "step 1. Cut the surplus rows (model.resize_token_embeddings(len(tokenizer))) and save the model anew."
+        )
+
+
+def _check_sources(path: Path, table: pa.Table, known: Collection[str] | None) -> None:
+    unknown = set(table["data_source"].to_pylist()) - set(known) if known is not None else set()
+    if unknown:
+        raise ValueError(
+            f"{path}: no reward for data_source {', '.join(map(repr, sorted(map(str, unknown))))}, so every response "
+            f"would score 0. Known: {', '.join(sorted(known or ()))}. Give the task a reward function of your own "
+            "(`reward: package.module:function`), or rename the source."
+        )
+
+
+def _check_lengths(path: Path, table: pa.Table, tokenizer: Any, max_prompt_tokens: int) -> int:
+    """The longest prompt of the file [tokens]."""
+    lengths = [_num_tokens(tokenizer, messages, path, row) for row, messages in enumerate(table["prompt"].to_pylist())]
+    too_long = [row for row, length in enumerate(lengths) if length > max_prompt_tokens]
+    if too_long:
+        raise ValueError(
+            f"{path}: {len(too_long)} of {len(lengths)} prompts are longer than max_prompt_tokens={max_prompt_tokens}; "
+            f"the first is row {too_long[0]} with {lengths[too_long[0]]} tokens, the longest has {max(lengths)}. Raise "
+            f"train.max_prompt_tokens to {max(lengths)}, or drop these rows."
+        )
+    return max(lengths)
+
+
+def _num_tokens(tokenizer: Any, messages: list[dict[str, str]], path: Path, row: int) -> int:
+    from jinja2 import TemplateError
+
+    try:
+        return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    except TemplateError as error:
+        raise ValueError(
+            f"{path}: row {row} cannot be rendered by the chat template: {error}. Its roles are "
+            f"{[message['role'] for message in messages]}; use those that the model's template knows."
+        ) from error
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}), so no prompt can be encoded. Copy the "
+            "tokenizer's files of the model it was made from into the folder (tokenizer.save_pretrained)."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: the tokenizer cannot be loaded: {error}. Save it anew from its model.") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json, so it is no model folder. Save the model with save_pretrained.")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Save the model anew with save_pretrained.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {type(config).__name__}, not an object of settings. Save the model anew.")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    found = {path.name for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern)}
+    if not found:
+        raise ValueError(
+            f"{folder} has no weights ({' or '.join(WEIGHT_PATTERNS)}). A checkpoint of a run has to be exported to a "
+            "Hugging Face folder first; a download has to be complete."
+        )
+    for index in folder.glob("*.index.json"):
+        missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - found)
+        if missing:
+            raise ValueError(
+                f"{folder} lacks weight files that {index.name} names: {', '.join(missing)}. Fetch them too."
+            )
+
+
+def _vocabulary(config: dict[str, Any], folder: Path) -> int:
+    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    if not isinstance(size, int):
+        raise ValueError(f"{folder}/config.json has no vocab_size, so it cannot be compared with the tokenizer's.")
+    return size

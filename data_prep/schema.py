@@ -1,0 +1,141 @@
+"""The one parquet schema of all tasks, which verl reads as it is.
+
+    data_source    string                        names the task; rewards and validation metrics go by it
+    prompt         list<struct<role, content>>   chat messages
+    ability        string
+    reward_model   struct<style, ground_truth>   strings
+    extra_info     struct<split, index,          string, int64,
+                          num_valid, meta>       count as text (it outgrows int64) or null if unknown, JSON text
+
+verl concatenates files and takes the schema of the first: a ground truth that is text in one file and a number in
+another, or a large_string beside a string (what pandas writes), fails there. Hence one explicit schema, and no
+pandas.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+REWARD_MODEL = pa.struct([("style", pa.string()), ("ground_truth", pa.string())])
+EXTRA_INFO = pa.struct(
+    [("split", pa.string()), ("index", pa.int64()), ("num_valid", pa.string()), ("meta", pa.string())]
+)
+SCHEMA = pa.schema(
+    [
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(MESSAGE)),
+        ("ability", pa.string()),
+        ("reward_model", REWARD_MODEL),
+        ("extra_info", EXTRA_INFO),
+    ]
+)
+
+
+def write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes rows in SCHEMA; the same rows give the same bytes.
+
+    Raises ValueError if a row does not fit the schema.
+    """
+    try:
+        table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"A row for {path} does not fit the schema of data_prep/schema.py: {error}") from error
+    pq.write_table(table, path, compression="zstd")
+
+
+def check_file(path: Path) -> pa.Table:
+    """Reads a data file of ours or of a user and returns its table, once everything about it is as verl needs it.
+
+    Of a user's file only what verl and the rewards read is asked for: data_source, prompt with role and content,
+    reward_model with a ground_truth; extra_info may have other fields. Text may be string or large_string.
+
+    Raises ValueError that says what is wrong: missing, unreadable or empty file, a missing column, a column of
+    another type, an empty prompt, a missing ground truth.
+    """
+    table = _read(Path(path))
+    for name in ("data_source", "prompt", "reward_model"):
+        _require_column(table, name, path)
+    _check_text(table.schema.field("data_source").type, "data_source", path)
+    _check_prompt_type(table.schema.field("prompt").type, path)
+    _check_struct(table.schema.field("reward_model").type, "reward_model", ("ground_truth",), path)
+    _check_index(table.schema, path)
+    if table.num_rows == 0:
+        raise ValueError(f"{path} has no rows: there is nothing to train or evaluate on. Write at least one row.")
+    _check_values(table, path)
+    return table
+
+
+def _read(path: Path) -> pa.Table:
+    if not path.is_file():
+        raise ValueError(f"{path} is not there. Name an existing parquet file, or build it (`klreg data --help`).")
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as parquet: {error}. Write it anew, or name the right file."
+        ) from error
+
+
+def _require_column(table: pa.Table, name: str, path: Path) -> None:
+    if name not in table.column_names:
+        found = ", ".join(table.column_names) or "no columns"
+        raise ValueError(
+            f"{path} has no column {name!r}; found: {found}. Expected: {name}: {SCHEMA.field(name).type}. "
+            "verl reads this column; write the file in the schema of data_prep/schema.py."
+        )
+
+
+def _check_text(found: pa.DataType, name: str, path: Path) -> None:
+    if not (pa.types.is_string(found) or pa.types.is_large_string(found)):
+        raise _wrong_type(name, found, "string", path)
+
+
+def _check_prompt_type(found: pa.DataType, path: Path) -> None:
+    if not (pa.types.is_list(found) or pa.types.is_large_list(found)):
+        raise _wrong_type("prompt", found, SCHEMA.field("prompt").type, path)
+    _check_struct(found.value_type, "prompt[...]", ("role", "content"), path)
+
+
+def _check_struct(found: pa.DataType, name: str, text_fields: Sequence[str], path: Path) -> None:
+    """Asks for a struct that has these fields, all of them text; it may have more."""
+    if not pa.types.is_struct(found):
+        raise _wrong_type(name, found, f"struct<{', '.join(f'{field}: string' for field in text_fields)}>", path)
+    for field in text_fields:
+        if found.get_field_index(field) < 0:
+            raise _wrong_type(name, found, f"a struct with a field {field!r}", path)
+        _check_text(found.field(field).type, f"{name}.{field}", path)
+
+
+def _check_index(schema: pa.Schema, path: Path) -> None:
+    """extra_info may be absent; an index in it must be a whole number, because verl keeps it as one."""
+    position = schema.get_field_index("extra_info")
+    if position < 0:
+        return
+    found = schema.field(position).type
+    if not pa.types.is_struct(found):
+        raise _wrong_type("extra_info", found, EXTRA_INFO, path)
+    if found.get_field_index("index") >= 0 and not pa.types.is_integer(found.field("index").type):
+        raise _wrong_type("extra_info.index", found.field("index").type, "int64", path)
+
+
+def _wrong_type(name: str, found: Any, expected: Any, path: Path) -> ValueError:
+    return ValueError(
+        f"{path}: column {name} is {found}, but must be {expected}. Convert it when the file is written "
+        "(data_prep/schema.py has the schema)."
+    )
+
+
+def _check_values(table: pa.Table, path: Path) -> None:
+    for row, (messages, reward) in enumerate(
+        zip(table["prompt"].to_pylist(), table["reward_model"].to_pylist(), strict=True)
+    ):
+        if not messages or not any(message and (message["content"] or "").strip() for message in messages):
+            raise ValueError(f"{path}: row {row} has an empty prompt. The model needs at least one message with text.")
+        if reward is None or reward["ground_truth"] is None:
+            raise ValueError(f"{path}: row {row} has no reward_model.ground_truth, so no answer to it can be graded.")
+    if table["data_source"].null_count:
+        raise ValueError(f"{path}: {table['data_source'].null_count} rows have no data_source, which names their task.")

@@ -1,0 +1,325 @@
+"""A small Qwen2 model supervised on palindromes: a starting policy that a CPU makes in well under a minute.
+
+It reads scrambled letters and writes a palindrome of them, and is stopped at about half of its sampled answers
+right, so that RL has something to gain. Each training answer is *one* of the right answers, drawn uniformly
+(reasoning-gym's own palindrome is such a draw: its half is made of independent letters, so every order of the half
+is equally likely). The policy that starts RL therefore spreads its probability over several answers to a prompt,
+and a loss of diversity can be seen.
+
+Tokenizer: byte-level BPE without merges, so each letter is one token, in the prompt as in the answer, and a newline
+too. A message is rendered `<|user|>letters<|im_end|>`, the answer follows `<|assistant|>`. The model's vocabulary
+is exactly the tokenizer's: verl masks ids beyond it in vLLM but not in the trainer, and the two would disagree from
+the first step.
+
+The letters are drawn as reasoning-gym draws them, for all lengths asked for; the test items of palindrome.py are
+not kept out of this supervision, since a study compares policies that all start from it.
+
+    python -m data_prep.tiny_model --out FOLDER
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from data_prep.cache import Progress, cached_folder, option, print_progress, run_builder
+from klreg_verl.experiment.strict import FieldError
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+PAD, EOS, ROLES = "<|endoftext|>", "<|im_end|>", ("<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message.role not in ['system', 'user', 'assistant'] -%}"
+    "{{ raise_exception('this model knows the roles system, user and assistant, not ' + message.role) }}"
+    "{%- endif -%}"
+    "{{ '<|' + message.role + '|>' + message.content + '<|im_end|>' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+)
+IGNORED = -100
+"""Label of a position that is not supervised, as torch's cross_entropy has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyModelOptions:
+    """What decides the weights. The defaults give about 0.5 right answers when sampled at temperature 1."""
+
+    min_length: int = option(6, "smallest number of letters")
+    max_length: int = option(8, "largest number of letters")
+    hidden_size: int = option(128, "width of the model")
+    layers: int = option(3, "number of transformer layers")
+    heads: int = option(4, "number of attention heads")
+    steps: int = option(140, "optimizer steps")
+    batch_size: int = option(96, "examples in a step")
+    learning_rate: float = option(2e-3, "peak of the one-cycle schedule of AdamW")
+    seed: int = option(1, "seed of weights and examples")
+    measured_prompts: int = option(256, "new prompts on which the finished model is measured, 8 samples each")
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "seed" and value <= 0:
+                raise FieldError(name, f"{value} must be greater than 0.")
+        if self.max_length < self.min_length:
+            raise FieldError(
+                "max_length", f"{self.max_length} is below min_length={self.min_length}. Raise max_length."
+            )
+        if self.hidden_size % (2 * self.heads):
+            raise FieldError(
+                "hidden_size",
+                f"{self.hidden_size} cannot be split into {self.heads} heads of even width, which the rotary positions "
+                f"need. Use a multiple of {2 * self.heads}.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Token ids of a rendered conversation: before the letters, between letters and answer, after the answer."""
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: int
+    pad: int
+    letters: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """How a model answers new prompts."""
+
+    sampled: float
+    """Share of right answers, sampled at temperature 1."""
+    greedy: float
+    """Share of right answers, most likely token each time."""
+    distinct: float
+    """Mean number of different right answers among 8 samples of a prompt."""
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level BPE without merges: 256 bytes, then the five special tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    names = [*sorted(ByteLevel.alphabet()), PAD, EOS, *ROLES]
+    return Qwen2Tokenizer(
+        vocab={name: index for index, name in enumerate(names)},
+        merges=[],
+        unk_token=PAD,
+        pad_token=PAD,
+        eos_token=EOS,
+        extra_special_tokens=list(ROLES),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=1024,
+    )
+
+
+def build_model(options: TinyModelOptions, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """Random weights in float32, the vocabulary exactly the tokenizer's."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=4 * options.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return model
+
+
+def build(options: TinyModelOptions, folder: Path, progress: Progress = print_progress) -> None:
+    """Trains the model and writes it with tokenizer, generation config and card.json into an existing folder."""
+    tokenizer = build_tokenizer()
+    layout = read_layout(tokenizer)
+    with _deterministic(options):
+        model = build_model(options, tokenizer)
+        cpu_start = time.process_time()
+        train(model, layout, options, progress)
+        cpu_seconds = time.process_time() - cpu_start
+        measured = measure(model, layout, options)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "card.json").write_text(json.dumps(_card(model, measured, options), indent=2) + "\n")
+    progress(
+        options.steps,
+        options.steps,
+        f"right answers: {measured.sampled:.2f} sampled, {measured.greedy:.2f} greedy; "
+        f"{measured.distinct:.1f} different ones in 8 samples; {cpu_seconds:.0f} CPU seconds",
+    )
+
+
+def cache(options: TinyModelOptions, data_root: Path, progress: Progress = print_progress) -> Path:
+    """The model folder of these options under `data_root`, trained if it is not there."""
+    return cached_folder("tiny-model", options, Path(__file__), data_root, lambda out: build(options, out, progress))
+
+
+def read_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """The token ids around letters and answer, read from the tokenizer's own rendering of a prompt.
+
+    Training thus sees exactly what verl will feed.
+    """
+    messages = [{"role": "user", "content": ALPHABET[0]}]
+    text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    prompt = tokenizer.encode(text, add_special_tokens=False)
+    letters = tokenizer.encode(ALPHABET, add_special_tokens=False)
+    place = prompt.index(letters[0])
+    return Layout(
+        before=tuple(prompt[:place]),
+        between=tuple(prompt[place + 1 :]),
+        after=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
+        letters=tuple(letters),
+    )
+
+
+def draw(rng: np.random.Generator, num: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scrambled letters and one right answer each, both (num, length), as places in the alphabet.
+
+    As in reasoning-gym: independent letters for the half and the middle, mirrored; then a uniform permutation.
+    """
+    half = rng.integers(len(ALPHABET), size=(num, length // 2))
+    middle = rng.integers(len(ALPHABET), size=(num, length % 2))
+    answers = np.concatenate([half, middle, half[:, ::-1]], axis=1)
+    return rng.permuted(answers, axis=1), answers
+
+
+def draw_batch(rng: np.random.Generator, layout: Layout, options: TinyModelOptions) -> tuple[Tensor, Tensor]:
+    """Input ids and labels, both (B, T), padded on the right; the answer and its end are supervised, nothing else."""
+    width = len(layout.before) + len(layout.between) + 2 * options.max_length + 1
+    ids = np.full((options.batch_size, width), layout.pad)
+    labels = np.full_like(ids, IGNORED)
+    lengths = rng.integers(options.min_length, options.max_length + 1, size=options.batch_size)
+    for length in np.unique(lengths):
+        (rows,) = np.nonzero(lengths == length)
+        prompts, answers = draw(rng, len(rows), length)
+        conversation = np.concatenate([render_prompts(prompts, layout), render_answers(answers, layout)], axis=1)
+        ids[rows, : conversation.shape[1]] = conversation
+        labels[rows, conversation.shape[1] - length - 1 : conversation.shape[1]] = conversation[:, -length - 1 :]
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
+def render_prompts(letters: np.ndarray, layout: Layout) -> np.ndarray:
+    """Token ids of the prompts, (num, length) -> (num, length + what the chat template adds)."""
+    before, between = (np.tile(part, (len(letters), 1)) for part in (layout.before, layout.between))
+    return np.concatenate([before, np.asarray(layout.letters)[letters], between], axis=1)
+
+
+def render_answers(letters: np.ndarray, layout: Layout) -> np.ndarray:
+    """Token ids of the answers with their end, (num, length) -> (num, length + 1)."""
+    return np.concatenate([np.asarray(layout.letters)[letters], np.full((len(letters), 1), layout.after)], axis=1)
+
+
+def train(model: Qwen2ForCausalLM, layout: Layout, options: TinyModelOptions, progress: Progress) -> None:
+    """Cross-entropy of the answers [nats per token], AdamW, one-cycle learning rate, gradient norm at most 1."""
+    rng = np.random.default_rng(options.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.learning_rate, total_steps=max(options.steps, 10), pct_start=0.1
+    )
+    model.train()
+    for step in range(1, options.steps + 1):
+        loss = answer_loss(model, *draw_batch(rng, layout, options))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % math.ceil(options.steps / 10) == 0:
+            progress(step, options.steps, f"loss {loss.item():.3f} nats per answer token")
+    model.eval()
+
+
+def answer_loss(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
+    """Mean over supervised tokens of -log p [nats]; logits are made for those tokens only. (B, T), (B, T) -> ()."""
+    supervised = labels[:, 1:] != IGNORED
+    hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[supervised]), labels[:, 1:][supervised])
+
+
+def measure(model: Qwen2ForCausalLM, layout: Layout, options: TinyModelOptions, num_samples: int = 8) -> Measurement:
+    """Answers new prompts, equally many of each length, and counts what is right."""
+    rng = np.random.default_rng(options.seed + 1)
+    lengths = range(options.min_length, options.max_length + 1)
+    share = math.ceil(options.measured_prompts / len(lengths))
+    sampled, greedy, distinct = [], [], []
+    for length in lengths:
+        letters, _ = draw(rng, share, length)
+        answers = generate(model, np.repeat(letters, num_samples, axis=0), layout, greedy=False)
+        right = is_right(answers, np.repeat(letters, num_samples, axis=0), layout)
+        sampled.append(right.mean())
+        distinct.append(_num_distinct(answers, right, num_samples).mean())
+        greedy.append(is_right(generate(model, letters, layout, greedy=True), letters, layout).mean())
+    return Measurement(
+        sampled=float(np.mean(sampled)), greedy=float(np.mean(greedy)), distinct=float(np.mean(distinct))
+    )
+
+
+@torch.no_grad()
+def generate(model: Qwen2ForCausalLM, letters: np.ndarray, layout: Layout, *, greedy: bool) -> np.ndarray:
+    """Answers of length + 1 tokens, most likely or sampled at temperature 1, (num, length) -> (num, length + 1)."""
+    ids = torch.from_numpy(render_prompts(letters, layout))
+    for _ in range(letters.shape[1] + 1):
+        logits = model(input_ids=ids, logits_to_keep=1).logits[:, -1]
+        token = logits.argmax(-1, keepdim=True) if greedy else torch.multinomial(logits.softmax(-1), 1)
+        ids = torch.cat([ids, token], dim=1)
+    return ids[:, -letters.shape[1] - 1 :].numpy()
+
+
+def is_right(answers: np.ndarray, letters: np.ndarray, layout: Layout) -> np.ndarray:
+    """Whether an answer is a palindrome of exactly the prompt's letters and ends there, (num,) bool."""
+    text = answers[:, :-1]
+    same_letters = np.sort(text, axis=1) == np.sort(np.asarray(layout.letters)[letters], axis=1)
+    return (answers[:, -1] == layout.after) & (text == text[:, ::-1]).all(axis=1) & same_letters.all(axis=1)
+
+
+def _num_distinct(answers: np.ndarray, right: np.ndarray, num_samples: int) -> np.ndarray:
+    """Different right answers of each prompt, whose samples are neighbouring rows."""
+    groups = zip(answers.reshape(-1, num_samples, answers.shape[1]), right.reshape(-1, num_samples), strict=True)
+    return np.array([len({row.tobytes() for row in group[ok]}) for group, ok in groups])
+
+
+@contextmanager
+def _deterministic(options: TinyModelOptions) -> Iterator[None]:
+    """Seeds torch and holds it to one thread; gives both back afterwards.
+
+    The number of threads decides the rounding, so a fixed one gives the same weights on any number of cores. One is
+    as fast as two for matrices this small, and does not wait for a core that another process holds.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _card(model: Qwen2ForCausalLM, measured: Measurement, options: TinyModelOptions) -> dict[str, Any]:
+    return {
+        "what": "tiny Qwen2 supervised on reasoning-gym's palindromes, prompt: the bare letters",
+        "parameters": model.num_parameters(),
+        "options": asdict(options),
+        "measured": asdict(measured),
+        "made_with": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        "licence": "Apache-2.0",
+    }
+
+
+if __name__ == "__main__":
+    print(run_builder(TinyModelOptions, "A tiny starting model for palindromes, trained on this CPU.", build))

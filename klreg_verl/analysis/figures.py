@@ -1,0 +1,456 @@
+"""Figures of a study: groups in, Axes out; and from them PNG files or SVG that takes its colours from the page.
+
+In every time course a thin line is one run, step by step as recorded, and the thick line of a setting is the mean of
+its runs (one run: the run itself), smoothed by a centred moving mean whose window the captions state. Settings are
+named at the ends of their lines. A run that failed or was interrupted ends in a cross.
+
+Colours: Okabe and Ito (2008), "Color Universal Design", safe for the common colour-vision deficiencies; after them,
+dashed. No figure contains a time or a random identifier: the same runs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+from klreg_verl.analysis import stats
+from klreg_verl.analysis.runs import Run, load
+from klreg_verl.analysis.summary import ACCURACY, KL_K1, Group, group_runs
+
+DOTS_PER_INCH = 200
+PANEL_SIZE = (4.9, 2.9)
+"""Inches of a single figure: 980 x 580 pixels as PNG."""
+OVERVIEW_SIZE = (12.0, 3.25)
+OVERVIEW_DOTS_PER_INCH = 220
+"""The row of four: 2640 x 715 pixels as PNG, twice what a README shows and more."""
+BLOCK = 10
+"""Steps that one dot of the KL-accuracy figure averages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours as matplotlib takes them."""
+
+    ink: str
+    muted: str
+    grid: str
+    background: str
+    arms: tuple[str, ...]
+
+
+LIGHT = Theme(
+    ink="#1b1f24",
+    muted="#667079",
+    grid="#e4e7ea",
+    background="#ffffff",
+    arms=("#3c434a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+)
+DARK = Theme(
+    ink="#e6e8ea",
+    muted="#98a1a9",
+    grid="#2b3137",
+    background="#14171a",
+    arms=("#c3cad1", "#56b4e9", "#ff8a4c", "#2fc496", "#e6a3c8", "#f0b93a", "#9db8ff"),
+)
+PAGE = Theme(
+    ink="#010000",
+    muted="#020000",
+    grid="#030000",
+    background="#040000",
+    arms=tuple(f"#0001{index:02x}" for index in range(len(LIGHT.arms))),
+)
+"""Placeholders that ``svg`` replaces by the CSS variables of the page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One metric against steps."""
+
+    key: str
+    name: str
+    """File name and anchor."""
+    title: str
+    unit: str
+    smoothed: bool = True
+    drawn_if_zero: bool = True
+    """Whether a figure in which everything is 0 is worth its place."""
+
+
+TIME_COURSES = (
+    Panel(key=ACCURACY, name="accuracy", title="Accuracy", unit="valid share of the training batch"),
+    Panel(key="entropy/token", name="entropy", title="Entropy", unit="nats per token"),
+    Panel(key=KL_K1, name="kl_k1", title="KL to the reference, k1", unit="nats per response"),
+    Panel(key="kl_ref/k3_response", name="kl_k3", title="KL to the reference, k3", unit="nats per response"),
+    Panel(key="diversity/coverage", name="coverage", title="Coverage", unit="distinct valid / possible answers"),
+    Panel(key="diversity/unique_valid", name="unique_valid", title="Distinct valid answers", unit="answers per prompt"),
+    Panel(key="response/length", name="length", title="Response length", unit="tokens"),
+    Panel(key="kl/beta", name="beta", title="Beta", unit="reward units per nat", smoothed=False, drawn_if_zero=False),
+)
+MISMATCH = (
+    Panel(key="kl_rollout/k1_token", name="mismatch_k1", title="Sampler against trainer, k1", unit="nats per token"),
+    Panel(
+        key="kl_rollout/max",
+        name="mismatch_max",
+        title="Sampler against trainer, largest",
+        unit="nats, one token of the batch",
+    ),
+)
+OVERVIEW = tuple(
+    panel for name in ("accuracy", "kl_k1", "entropy", "coverage") for panel in TIME_COURSES if panel.name == name
+)
+KL_ACCURACY = "kl_accuracy"
+
+
+def time_course(groups: Sequence[Group], panel: Panel, axes: Axes, theme: Theme = LIGHT) -> Axes:
+    """``panel.key`` against the step, for every run and for the smoothed mean of every group that recorded it."""
+    window = window_of(groups) if panel.smoothed else 1
+    ends = [_draw_group(group, panel.key, window, axes, theme) for group in groups if group.series(panel.key)]
+    _frame(axes, panel.title, panel.unit, theme)
+    axes.set_xlabel("step", color=theme.muted)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.margins(x=0, y=0.08)
+    _widen(axes)
+    _label_ends(axes, [end for end in ends if end is not None])
+    return axes
+
+
+def kl_accuracy(groups: Sequence[Group], axes: Axes, theme: Theme = LIGHT) -> Axes:
+    """Accuracy against KL(policy || reference) by k1: a dot for the mean of ten steps, arrows from dot to dot in time.
+
+    Dots and arrows are the mean of a group's runs; with more than one run, each run is a thin line besides.
+    """
+    size = block_size(groups)
+    for group in groups:
+        runs = [
+            _blocks(run.training[KL_K1], run.training[ACCURACY], size) for run in group.final_runs if _has_both(run)
+        ]
+        for points in runs if len(runs) > 1 else ():
+            axes.plot(points[:, 0], points[:, 1], color=_color(group, theme), linewidth=0.7, alpha=0.35, zorder=1)
+    paths = [(group, _blocks(group.arm_mean(KL_K1), group.arm_mean(ACCURACY), size)) for group in groups]
+    ends = [_draw_path(points, group, axes, theme) for group, points in paths if len(points)]
+    _frame(axes, "Accuracy against KL", "valid share of the training batch", theme)
+    axes.set_xlabel("KL to the reference, k1, nats per response", color=theme.muted)
+    axes.margins(x=0.05, y=0.12)
+    _widen(axes)
+    _label_beside(axes, ends)
+    return axes
+
+
+def block_size(groups: Sequence[Group]) -> int:
+    """Steps in a dot: ten, or a quarter of the run where that would leave fewer than two dots."""
+    longest = max((run.last_step for group in groups for run in group.final_runs), default=0)
+    return BLOCK if longest >= 2 * BLOCK else max(1, longest // 4)
+
+
+def window_of(groups: Sequence[Group]) -> int:
+    """The smoothing window that the figures of these groups use, in steps."""
+    return stats.smoothing_window(max((run.last_step for group in groups for run in group.runs), default=0))
+
+
+def recorded(groups: Sequence[Group], panel: Panel) -> bool:
+    """Whether any run of the groups has a value for the panel."""
+    return any(group.series(panel.key) for group in groups)
+
+
+def drawings(groups: Sequence[Group]) -> dict[str, Callable[[Axes, Theme], Axes]]:
+    """File name -> what draws it, for every single figure of one task for which there is data."""
+
+    def course(panel: Panel) -> Callable[[Axes, Theme], Axes]:
+        return lambda axes, theme: time_course(groups, panel, axes, theme)
+
+    chosen = {panel.name: course(panel) for panel in (*TIME_COURSES, *MISMATCH) if _worth_drawing(groups, panel)}
+    if any(_has_both(run) for group in groups for run in group.final_runs):
+        chosen[KL_ACCURACY] = lambda axes, theme: kl_accuracy(groups, axes, theme)
+    return chosen
+
+
+def _worth_drawing(groups: Sequence[Group], panel: Panel) -> bool:
+    values = [values for group in groups for _, values in group.series(panel.key)]
+    return any(panel.drawn_if_zero or bool((each != 0).any()) for each in values)
+
+
+def png(draw: Callable[[Axes, Theme], Axes], path: Path, groups: Sequence[Group], theme: Theme = LIGHT) -> Path:
+    """One figure of ``PANEL_SIZE`` at ``DOTS_PER_INCH``."""
+    with matplotlib.rc_context(_style()):
+        figure = _panel_figure(draw, groups, theme)
+        return _save_png(figure, path)
+
+
+def svg(draw: Callable[[Axes, Theme], Axes], name: str, groups: Sequence[Group]) -> str:
+    """One figure as an <svg> element for a page: text as text, colours as var(--ink), var(--muted), var(--arm-0) ...
+
+    ``name`` must be unique in the page; the identifiers inside are derived from it.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**_style(), "svg.fonttype": "none", "svg.hashsalt": name}):
+        _panel_figure(draw, groups, PAGE).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return _for_page(buffer.getvalue(), name)
+
+
+def overview(groups: Sequence[Group], path: Path, theme: Theme = LIGHT) -> Path:
+    """Accuracy, KL, entropy and coverage of one task in a row of ``OVERVIEW_SIZE``; a panel without data says so."""
+    with matplotlib.rc_context(_style()):
+        figure = Figure(figsize=OVERVIEW_SIZE, facecolor=theme.background)
+        label_width = _label_width(groups)
+        for index, panel in enumerate(OVERVIEW):
+            place = _place(OVERVIEW_SIZE, label_width, index, len(OVERVIEW), bottom=0.66)
+            axes = figure.add_axes(place, facecolor="none")
+            time_course(groups, panel, axes, theme)
+            if not recorded(groups, panel):
+                axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=theme.muted)
+        window = window_of(groups)
+        note = f"thin: every step of a run · thick: mean of the runs over {window} steps · {_seeds_text(groups)}"
+        figure.text(0.995, 0.03, note, ha="right", color=theme.muted, fontsize=7)
+        return _save_png(figure, path, OVERVIEW_DOTS_PER_INCH)
+
+
+def draw_overview(recipe_dir: Path, path: Path, *, task: str | None = None, theme: Theme = LIGHT) -> Path:
+    """The README's figure, from a folder of runs: ``overview`` of ``task`` (the first one if None) as PNG.
+
+    Raises:
+        ValueError: there is no run of that task with a training step.
+    """
+    groups = [group for group in group_runs(load(recipe_dir)) if any(run.last_step for run in group.runs)]
+    tasks = list(dict.fromkeys(group.task for group in groups))
+    if not tasks or task not in (None, *tasks):
+        known = ", ".join(tasks) or "none"
+        raise ValueError(
+            f"{recipe_dir} has no run of task {task!r} with a training step. Tasks that have one: {known}."
+        )
+    return overview([group for group in groups if group.task == (task or tasks[0])], path, theme)
+
+
+def spread(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """Positions at least ``gap`` apart inside [low, high], each as near to its wanted one as its neighbours allow.
+
+    Neighbours that are too close form a block that is centred on the mean of what they want. Where not all fit, the
+    gap shrinks. Order follows ``wanted``; ties keep the order given.
+    """
+    if not wanted:
+        return []
+    gap = min(gap, (high - low) / max(1, len(wanted) - 1))
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    blocks: list[list[int]] = []
+    for index in order:
+        blocks.append([index])
+        while len(blocks) > 1 and _start(blocks[-1], wanted, gap, low, high) < _end(blocks[-2], wanted, gap, low, high):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    placed = dict.fromkeys(range(len(wanted)), 0.0)
+    for block in blocks:
+        start = _start(block, wanted, gap, low, high)
+        placed |= {index: start + position * gap for position, index in enumerate(block)}
+    return [placed[index] for index in range(len(wanted))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _End:
+    """Where a line ends, in data units, and what to write there."""
+
+    x: float
+    y: float
+    label: str
+    color: str
+
+
+class _Plain(ScalarFormatter):
+    """Tick labels with equal decimals, and small ones as 2e-06 each, never with a power of ten above the axis."""
+
+    def set_locs(self, locs: Any) -> None:
+        super().set_locs(locs)
+        self.orderOfMagnitude = 0
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        is_small = 0 < max((abs(tick) for tick in self.locs), default=1.0) < 1e-3
+        return f"{value:.3g}".replace("-", "\N{MINUS SIGN}") if is_small else super().__call__(value, position)
+
+
+def _start(block: list[int], wanted: Sequence[float], gap: float, low: float, high: float) -> float:
+    """Where the first of a block goes: centred on what its members want, inside the limits."""
+    centre = sum(wanted[index] for index in block) / len(block)
+    extent = (len(block) - 1) * gap
+    return min(max(centre - extent / 2, low), max(low, high - extent))
+
+
+def _end(block: list[int], wanted: Sequence[float], gap: float, low: float, high: float) -> float:
+    """The first free position after a block (a rounding error less, so that touching blocks stay apart)."""
+    return _start(block, wanted, gap, low, high) + len(block) * gap - 1e-9
+
+
+def _style() -> dict[str, Any]:
+    return {
+        "font.family": "DejaVu Sans",
+        "font.size": 8.5,
+        "axes.unicode_minus": True,
+        "path.simplify": True,
+        "lines.solid_capstyle": "round",
+    }
+
+
+def _color(group: Group, theme: Theme) -> str:
+    return theme.arms[group.index % len(theme.arms)]
+
+
+def _dashes(group: Group, theme: Theme) -> Any:
+    """Solid for the first round of colours, then dashed, then dotted."""
+    return ("-", (0, (5, 1.6)), (0, (1.2, 1.4)))[group.index // len(theme.arms) % 3]
+
+
+def _draw_group(group: Group, key: str, window: int, axes: Axes, theme: Theme) -> _End | None:
+    color = _color(group, theme)
+    series = group.series(key)
+    faint = 0.45 / len(series) ** 0.4
+    for run, values in series:
+        axes.plot(values.index, values, color=color, linewidth=0.7, alpha=faint, zorder=2)
+        if run.status in ("failed", "interrupted"):
+            axes.plot(
+                values.index[-1:], values.iloc[-1:], "x", color=color, markersize=5, markeredgewidth=1.2, zorder=4
+            )
+    mean = group.arm_mean(key)
+    if not len(mean):
+        return None
+    thick = stats.smooth(mean, window)
+    axes.plot(thick.index, thick, color=color, linewidth=1.9, linestyle=_dashes(group, theme), zorder=3)
+    return _End(x=float(thick.index[-1]), y=float(thick.iloc[-1]), label=group.label, color=color)
+
+
+def _has_both(run: Run) -> bool:
+    return {KL_K1, ACCURACY} <= set(run.training.columns)
+
+
+def _blocks(kl: pd.Series, accuracy: pd.Series, size: int) -> np.ndarray:
+    """(n, 2): means of consecutive blocks of steps; a block without one of the two is left out."""
+    kl, accuracy = kl.align(accuracy)
+    points = np.stack([stats.block_means(kl, size), stats.block_means(accuracy, size)], axis=1)
+    return points[~np.isnan(points).any(axis=1)]
+
+
+def _draw_path(points: np.ndarray, group: Group, axes: Axes, theme: Theme) -> _End:
+    color = _color(group, theme)
+    axes.plot(points[:, 0], points[:, 1], "o", color=color, markersize=3.4, zorder=3)
+    for start, end in zip(points[:-1], points[1:], strict=True):
+        arrow = {
+            "arrowstyle": "-|>,head_width=0.22,head_length=0.45",
+            "color": color,
+            "linewidth": 1.1,
+            "shrinkA": 1,
+            "shrinkB": 2.5,
+        }
+        axes.annotate("", xy=tuple(end), xytext=tuple(start), arrowprops=arrow, zorder=2)
+    return _End(x=float(points[-1, 0]), y=float(points[-1, 1]), label=group.label, color=color)
+
+
+def _frame(axes: Axes, title: str, unit: str, theme: Theme) -> None:
+    """Title and unit above the axes, horizontal grid only, no box."""
+    axes.text(0, 1.135, title, transform=axes.transAxes, color=theme.ink, fontsize=10, fontweight="bold", va="bottom")
+    axes.text(0, 1.045, unit, transform=axes.transAxes, color=theme.muted, fontsize=8, va="bottom")
+    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(theme.muted)
+    axes.tick_params(colors=theme.muted, length=0, pad=4, labelsize=8)
+    axes.tick_params(axis="x", length=3)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, min_n_ticks=3, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(_Plain(useOffset=False))
+
+
+def _widen(axes: Axes) -> None:
+    """Limits of a quantity that does not move are opened, so that its line is not on the frame."""
+    axes.autoscale_view()
+    low, high = axes.get_ylim()
+    if high - low < 1e-9 + 1e-3 * abs(high):
+        middle, half = (low + high) / 2, max(abs(high) * 0.25, 1e-3)
+        low, high = middle - half, middle + half
+    axes.set_ylim(low, high)
+    axes.set_xlim(*axes.get_xlim())
+
+
+def _label_ends(axes: Axes, ends: Sequence[_End]) -> None:
+    """The name of every setting right of the axes, near the end of its line and not over another name."""
+    for end, (x, y), place in _label_places(axes, ends):
+        moved = [[x + 0.008, 1.022], [y, place]]
+        axes.plot(*moved, transform=axes.transAxes, color=end.color, linewidth=0.6, alpha=0.55, clip_on=False, zorder=1)
+        axes.text(1.03, place, end.label, transform=axes.transAxes, color=end.color, va="center", fontweight="bold")
+
+
+def _label_beside(axes: Axes, ends: Sequence[_End]) -> None:
+    """The name of every setting just right of where it ends, inside the axes."""
+    for end, (x, _), place in _label_places(axes, ends):
+        paper = {"facecolor": axes.figure.get_facecolor(), "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+        place_and_text = (x + 0.025, place, end.label)
+        axes.text(
+            *place_and_text, transform=axes.transAxes, color=end.color, va="center", fontweight="bold", bbox=paper
+        )
+
+
+def _label_places(axes: Axes, ends: Sequence[_End]) -> list[tuple[_End, tuple[float, float], float]]:
+    """(end, its place in axes fractions, the height of its label in axes fractions)."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    points = [tuple(to_axes.transform((end.x, end.y))) for end in ends]
+    height = axes.get_window_extent().height / axes.figure.dpi * 72
+    places = spread([float(y) for _, y in points], 10.5 / height, 0.0, 1.02)
+    return list(zip(ends, points, places, strict=True))
+
+
+def _label_width(groups: Sequence[Group]) -> float:
+    """Inches that the longest label needs, at about 0.078 inch a character; at most 1.7."""
+    return min(1.7, 0.16 + 0.078 * max((len(group.label) for group in groups), default=0))
+
+
+def _place(
+    size: tuple[float, float], label_width: float, index: int = 0, num_columns: int = 1, bottom: float = 0.52
+) -> tuple[float, float, float, float]:
+    """Axes rectangle (left, bottom, width, height) in figure fractions: fixed margins in inches in a row of columns."""
+    width, height = size
+    column, left, top = width / num_columns, 0.5, 0.56
+    inner = (column - left - label_width) / width
+    return (index * column + left) / width, bottom / height, inner, (height - top - bottom) / height
+
+
+def _panel_figure(draw: Callable[[Axes, Theme], Axes], groups: Sequence[Group], theme: Theme) -> Figure:
+    figure = Figure(figsize=PANEL_SIZE, facecolor=theme.background)
+    axes = figure.add_axes(_place(PANEL_SIZE, _label_width(groups)), facecolor="none")
+    draw(axes, theme)
+    return figure
+
+
+def _seeds_text(groups: Sequence[Group]) -> str:
+    counts = sorted({len(group.runs) for group in groups})
+    most = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{most} seed{'' if counts == [1] else 's'} per arm"
+
+
+def _save_png(figure: Figure, path: Path, dots_per_inch: int = DOTS_PER_INCH) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=dots_per_inch, metadata={"Software": None})
+    return path
+
+
+def _for_page(text: str, name: str) -> str:
+    """Matplotlib's SVG without prologue, namespaces and group ids, with the page's colours and typeface."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"'DejaVu Sans'(, sans-serif)?", "var(--sans)", text)
+    text = re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{name}">', text, count=1
+    )
+    variables = {PAGE.ink: "--ink", PAGE.muted: "--muted", PAGE.grid: "--grid", PAGE.background: "--paper"}
+    variables |= {color: f"--arm-{index}" for index, color in enumerate(PAGE.arms)}
+    for color, variable in variables.items():
+        text = text.replace(color, f"var({variable})")
+    return text.strip()

@@ -1,0 +1,348 @@
+"""report.html: one self-contained page, its figures as inline SVG that follow the reader's light or dark setting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from klreg_verl.analysis import figures, stats, templates
+from klreg_verl.analysis.runs import Run
+from klreg_verl.analysis.samples import Response, SideBySide, side_by_side
+from klreg_verl.analysis.summary import (
+    Group,
+    checks,
+    differing_facts,
+    error_over,
+    evaluations,
+    facts,
+    final_value,
+    gradients,
+    recorded_columns,
+    scope,
+    sentences,
+    steps_text,
+    unfinished,
+)
+
+MAX_RESPONSES = 8
+FOOTER = (
+    "Every number and sentence on this page is computed from the run folders. "
+    "summary.csv, metrics_long.csv, report.md and figures/ lie beside it."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What a report is about."""
+
+    name: str
+    question: str
+    runs: tuple[Run, ...]
+    groups: tuple[Group, ...]
+    missing: tuple[str, ...] = ()
+    """Run ids that the recipe plans and that have no folder."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks in order of appearance."""
+        return list(dict.fromkeys(group.task for group in self.groups))
+
+    def of_task(self, task: str) -> list[Group]:
+        """The groups of one task."""
+        return [group for group in self.groups if group.task == task]
+
+
+def render(study: Study) -> str:
+    """The whole page."""
+    sections = [section for section in _sections(study) if section[2]]
+    return templates.PAGE.substitute(
+        title=escape(f"{study.name}: {study.question}"),
+        style=templates.STYLE.strip(),
+        colors=_colors(),
+        kicker=f"klreg_verl · recipe {escape(study.name)}",
+        question=escape(study.question),
+        facts=escape(counts(study)),
+        navigation=" ".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in sections),
+        sections="".join(_section(*section) for section in sections),
+        footer=FOOTER,
+    )
+
+
+def counts(study: Study) -> str:
+    """ "3 arms · 1 task · 1 seed · 3 of 3 runs done"."""
+    arms = len({group.label for group in study.groups})
+    seeds = len({run.seed for run in study.runs})
+    done, total = sum(run.is_done for run in study.runs), len(study.runs) + len(study.missing)
+    parts = [_plural(arms, "arm"), _plural(len(study.tasks), "task"), _plural(seeds, "seed")]
+    return " · ".join([*parts, f"{done} of {_plural(total, 'run')} done"])
+
+
+def smoothing_text(study: Study) -> str:
+    """How to read the lines of the time courses."""
+    windows = {task: figures.window_of(study.of_task(task)) for task in study.tasks}
+    told = [f"{window} steps" if len(windows) == 1 else f"{window} steps ({task})" for task, window in windows.items()]
+    return (
+        "A thin line is one run, every step as recorded. The thick line is the mean of an arm's runs, smoothed by a "
+        f"centred mean over {', '.join(told)} where that window exists. A step is measured on the batch sampled before "
+        "its update: step 1 is the starting policy. A cross ends a run that failed or was interrupted."
+    )
+
+
+def _sections(study: Study) -> list[tuple[str, str, str]]:
+    return [
+        ("scope", "What this is, and what it is not", f'<div class="scope"><p>{escape(scope(study.groups))}</p></div>'),
+        ("unfinished", "Runs that are not finished or not whole", _unfinished(study)),
+        ("summary", "At the end", _summary(study)),
+        ("courses", "Over the steps", _courses(study)),
+        ("frontier", "Accuracy against KL", _frontier(study)),
+        ("gradient", "What each arm's gradient followed", _gradients(study)),
+        ("evaluation", "Held-out evaluation", _evaluations(study)),
+        ("samples", "Responses side by side", _samples(study)),
+        ("checks", "Can the measurements be trusted?", _checks(study)),
+        ("cards", "Run cards", _cards(study)),
+    ]
+
+
+def _section(anchor: str, title: str, body: str) -> str:
+    return templates.SECTION.substitute(anchor=anchor, title=escape(title), body=body)
+
+
+def _colors() -> str:
+    """The theme of the figures as CSS variables, light and dark; paper is always light."""
+    dark = f"@media screen and (prefers-color-scheme: dark) {{\n:root {{ {_variables(figures.DARK)} }}\n}}"
+    return f":root {{ {_variables(figures.LIGHT)} }}\n{dark}"
+
+
+def _variables(theme: figures.Theme) -> str:
+    named = {"ink": theme.ink, "muted": theme.muted, "grid": theme.grid, "paper": theme.background}
+    named |= {f"arm-{index}": color for index, color in enumerate(theme.arms)}
+    return " ".join(f"--{name}: {color};" for name, color in named.items())
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _dot(group: Group) -> str:
+    return f'<span class="dot" style="background: var(--arm-{group.index % len(figures.LIGHT.arms)})"></span>'
+
+
+def _table(head: str, rows: Iterable[str]) -> str:
+    body = "\n".join(f"<tr>{row}</tr>" if not row.startswith("<tr") else row for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _unfinished(study: Study) -> str:
+    rows = [_run_row(run) for run in unfinished(study.runs)]
+    rows += [
+        f'<th>{escape(run_id)}</th><td class="status">not started</td><td></td><td></td>' for run_id in study.missing
+    ]
+    if not rows:
+        return ""
+    note = _note("They are drawn as far as they came. Final values are of finished runs only, where an arm has one.")
+    return _table("<th>Run</th><th>Status</th><th>Last step</th><th>What is known</th>", rows) + note
+
+
+def _run_row(run: Run) -> str:
+    known = "; ".join(text for text in (run.reason, *run.problems) if text)
+    status = f'<td class="status {escape(run.status)}">{escape(run.status)}</td>'
+    steps = f"{run.last_step}" if run.steps is None else f"{run.last_step} of {run.steps}"
+    return f"<th>{escape(run.run_id)}</th>{status}<td>{steps}</td><td>{escape(known)}</td>"
+
+
+def _summary(study: Study) -> str:
+    if not study.groups:
+        return ""
+    columns = recorded_columns(study.groups)
+    head = "<th>Arm<small>its gradient follows</small></th>"
+    head += "".join(
+        f'<th class="number">{escape(column.name)}<small>{escape(column.unit)}</small></th>' for column in columns
+    )
+    head += '<th class="number">Steps<small>± over</small></th>'
+    values = [[final_value(group, column.key) for column in columns] for group in study.groups]
+    places = [stats.places(column) for column in zip(*values, strict=True)]
+    rows, task = [], ""
+    for group, row in zip(study.groups, values, strict=True):
+        if len(study.tasks) > 1 and group.task != task:
+            task = group.task
+            rows.append(f'<tr class="task"><th colspan="{len(columns) + 2}">{escape(task)}</th></tr>')
+        rows.append(_summary_row(group, row, places))
+    note = (
+        '<p class="note">Means of the last ten steps of training; what ± is taken over stands in the last column.</p>'
+    )
+    found = "".join(f"<li>{_unbroken(sentence)}</li>" for sentence in sentences(study.groups))
+    return f'{_table(head, rows)}{note}<ul class="found">{found}</ul>'
+
+
+def _summary_row(group: Group, values: Sequence[stats.Estimate], places: Sequence[int]) -> str:
+    cells = "".join(
+        f'<td class="number">{_estimate(value, place)}</td>' for value, place in zip(values, places, strict=True)
+    )
+    interim = "interim, " if group.is_interim else ""
+    return (
+        f"<th>{_dot(group)}{escape(group.label)}<small>{escape(group.follows)}</small></th>{cells}"
+        f'<td class="number">{escape(steps_text(group))}<small>{interim}{escape(error_over(group))}</small></td>'
+    )
+
+
+def _unbroken(sentence: str) -> str:
+    """Escaped, and a line never ends at ±."""
+    return escape(sentence).replace(" ± ", "&nbsp;±&nbsp;")
+
+
+def _estimate(value: stats.Estimate, places: int) -> str:
+    mean, _, error = stats.text(value, places).partition(" ± ")
+    return f"{mean}<small>± {error}</small>" if error else mean
+
+
+def _figure(groups: Sequence[Group], name: str, anchor: str) -> str:
+    draw = figures.drawings(groups)[name]
+    return f"<figure>{figures.svg(draw, anchor, groups)}</figure>"
+
+
+def _per_task(study: Study, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(task, figures of it that can be drawn); tasks without one are left out."""
+    shown = []
+    for task in study.tasks:
+        groups = study.of_task(task)
+        drawn = [name for name in figures.drawings(groups) if name in names]
+        if drawn:
+            shown.append((task, [_figure(groups, name, f"{task}-{name}") for name in drawn]))
+    return shown
+
+
+def _with_heading(study: Study, task: str, body: str) -> str:
+    return f"<h3>{escape(task)}</h3>{body}" if len(study.tasks) > 1 else body
+
+
+def _courses(study: Study) -> str:
+    shown = _per_task(study, [panel.name for panel in figures.TIME_COURSES])
+    grids = [_with_heading(study, task, f'<div class="grid">{"".join(each)}</div>') for task, each in shown]
+    return _note(smoothing_text(study)) + "".join(grids) + _not_recorded(study) if grids else ""
+
+
+def _not_recorded(study: Study) -> str:
+    panels = (*figures.TIME_COURSES, *figures.MISMATCH)
+    absent = [panel.title for panel in panels if not figures.recorded(study.groups, panel)]
+    return _note(f"Not recorded by any run: {', '.join(absent)}.") if absent else ""
+
+
+def _frontier(study: Study) -> str:
+    shown = _per_task(study, [figures.KL_ACCURACY])
+    note = _note(
+        f"A dot is the mean of {figures.block_size(study.groups)} steps; arrows point forward in time. "
+        "Higher at the same KL is more accuracy for the same distance from the reference."
+    )
+    drawn = [_with_heading(study, task, f'<div class="single">{each[0]}</div>') for task, each in shown]
+    return note + "".join(drawn) if drawn else ""
+
+
+def _gradients(study: Study) -> str:
+    """One statement a setting; settings on several tasks are told once."""
+    told = {group.label: group for group in reversed(study.groups)}
+    cards = [_statement(group) for group in reversed(told.values())]
+    return f'<div class="statements">{"".join(cards)}</div>' if cards else ""
+
+
+def _statement(group: Group) -> str:
+    told = "".join(f"<p>{escape(text)}</p>" for text in gradients(group))
+    head = f"<p><strong>{_dot(group)}{escape(group.label)}</strong></p>{_note(group.follows)}"
+    return f'<div class="card">{head}{told}</div>'
+
+
+def _evaluations(study: Study) -> str:
+    parts = []
+    for task in study.tasks:
+        groups = study.of_task(task)
+        for key, table in evaluations(groups).items():
+            head = "<th>Arm</th>" + "".join(f'<th class="number">step {step}</th>' for step in table.steps)
+            rows = [
+                f"<th>{_dot(group)}{escape(group.label)}</th>"
+                + "".join(f'<td class="number">{_estimate(v, 3)}</td>' for v in values)
+                for group, values in zip(groups, table.values, strict=True)
+            ]
+            parts.append(f"<h3>{escape(key)}</h3>{_table(head, rows)}")
+    note = _note(
+        "Before training is step 0. With several seeds: mean ± standard error over those that evaluated there."
+    )
+    return "".join(parts) + note if parts else ""
+
+
+def _samples(study: Study) -> str:
+    parts = []
+    for task in study.tasks:
+        groups = study.of_task(task)
+        shown = side_by_side(groups)
+        for step in dict.fromkeys(each.step for each in shown):
+            prompts = [_side_by_side(each, groups) for each in shown if each.step == step]
+            parts.append(f"<h3>{escape(task)}, step {step}</h3>{''.join(prompts)}")
+    note = _note(
+        "At the first and the last step that all arms stored, of one seed: prompts with the most possible answers. "
+        " ✓ valid, ✗ not; × how often it was drawn."
+    )
+    return note + "".join(parts) if parts else ""
+
+
+def _side_by_side(shown: SideBySide, groups: Sequence[Group]) -> str:
+    by_label = {group.label: group for group in groups}
+    head = "".join(f"<th>{_dot(by_label[label])}{escape(label)}</th>" for label, _ in shown.responses)
+    cells = "".join(f"<td>{_responses(responses)}</td>" for _, responses in shown.responses)
+    possible = f" · {escape(shown.num_valid)} possible valid answers" if shown.num_valid else ""
+    prompt = f'<p class="note"><span class="prompt">{escape(_cut(shown.prompt, 600))}</span>{possible}</p>'
+    return prompt + _table(head, [cells])
+
+
+def _responses(responses: Sequence[Response]) -> str:
+    rows = "".join(
+        f'<li><span class="{"valid" if each.valid else "invalid"}">{"✓" if each.valid else "✗"}</span>'
+        f'<span>{escape(_cut(each.text, 400)) or "(empty)"}</span><span class="count">× {each.count}</span></li>'
+        for each in responses[:MAX_RESPONSES]
+    )
+    more = len(responses) - MAX_RESPONSES
+    rest = f'<li><span class="count">and {more} more distinct responses</span></li>' if more > 0 else ""
+    return f'<ul class="responses">{rows}{rest}</ul>'
+
+
+def _cut(text: str, limit: int) -> str:
+    text = text.strip()
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
+
+
+def _checks(study: Study) -> str:
+    rows = [
+        f"<td>{escape(what)}</td><td>{escape(found)}</td><td>{escape(wanted)}</td>"
+        for what, found, wanted in checks(study.groups)
+    ]
+    table = _table("<th>Looked at</th><th>Found</th><th>Should be</th>", rows) if rows else ""
+    shown = _per_task(study, [panel.name for panel in figures.MISMATCH])
+    return table + "".join(
+        _with_heading(study, task, f'<div class="grid">{"".join(each)}</div>') for task, each in shown
+    )
+
+
+def _cards(study: Study) -> str:
+    differing = differing_facts(study.runs)
+    head = "<th>Fact</th>" + "".join(f"<th>{escape(run.run_id)}</th>" for run in study.runs)
+    rows = [_fact_row(key, values) for key, values in differing.items()]
+    table = (
+        f"<p>Facts that are not the same in all runs:</p>{_table(head, rows)}"
+        if 0 < len(study.runs) <= 8 and rows
+        else ""
+    )
+    note = f"<p>Not the same in all runs: {escape(', '.join(differing))}.</p>" if rows and not table else ""
+    return table + note + "".join(_card(run) for run in study.runs)
+
+
+def _card(run: Run) -> str:
+    rows = "".join(f"<tr>{_fact_row(key, [value])}</tr>" for key, value in facts(run.provenance).items())
+    status = f'<span class="status {escape(run.status)}">{escape(run.status)}</span>'
+    return f"<details><summary>{escape(run.run_id)} · {status}</summary><table><tbody>{rows}</tbody></table></details>"
+
+
+def _fact_row(key: str, values: Sequence[str]) -> str:
+    return f"<th>{escape(key)}</th>" + "".join(f'<td class="value">{escape(value)}</td>' for value in values)

@@ -1,0 +1,243 @@
+"""The report of a recipe: report.html, report.md, summary.csv, metrics_long.csv and figures/*.png beside the runs.
+
+    runs/<recipe>/report.html        self-contained: style and figures inside
+                  report.md          the same in Markdown; what a person writes between its findings marks is kept
+                  summary.csv        the final table
+                  metrics_long.csv   every recorded number: arm, task, grid, seed, status, step, key, value
+                  figures/           overview.png and one PNG a figure (with several tasks: in a folder a task)
+
+The same run folders give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from klreg_verl.analysis import figures, stats
+from klreg_verl.analysis.page import Study, counts, render, smoothing_text
+from klreg_verl.analysis.runs import Run, load, long_table
+from klreg_verl.analysis.summary import (
+    Column,
+    Group,
+    checks,
+    differing_facts,
+    error_over,
+    evaluations,
+    facts,
+    final_value,
+    gradients,
+    group_runs,
+    recorded_columns,
+    scope,
+    sentences,
+    steps_text,
+    summary_table,
+    unfinished,
+)
+
+FINDINGS = ("<!-- findings: written by a person, kept by the generator -->", "<!-- end of findings -->")
+MAX_LINES = 15
+TERMINAL_COLUMNS = ("accuracy", "kl_k1_response", "entropy_token", "coverage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportPaths:
+    """The files that were written."""
+
+    html: Path
+    markdown: Path
+    summary: Path
+    metrics: Path
+    figures: tuple[Path, ...]
+    """Overviews first."""
+
+
+def write_report(recipe_dir: Path, recipe_text: Mapping[str, Any] | None = None) -> ReportPaths:
+    """Reads the runs below ``recipe_dir`` and writes their report into it.
+
+    Args:
+        recipe_dir: runs/<recipe>.
+        recipe_text: what only the recipe knows, all optional: "question"; "name" (else the folder's);
+            "arms", names in the order in which they are to be shown; "planned", the run ids
+            (<arm>/<task>/[<grid>/]seed<k>) that should exist, so that one without a folder is named.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    recipe_dir = Path(recipe_dir)
+    study = read_study(recipe_dir, recipe_text or {})
+    drawn = _write_figures(study, recipe_dir / "figures")
+    html, markdown = recipe_dir / "report.html", recipe_dir / "report.md"
+    summary, metrics = recipe_dir / "summary.csv", recipe_dir / "metrics_long.csv"
+    _write(html, render(study))
+    _write(
+        markdown, markdown_text(study, [path.relative_to(recipe_dir).as_posix() for path in drawn], _findings(markdown))
+    )
+    _write(summary, summary_table(study.groups).to_csv(index=False, lineterminator="\n"))
+    _write(metrics, long_table(list(study.runs)).to_csv(index=False, lineterminator="\n"))
+    return ReportPaths(html=html, markdown=markdown, summary=summary, metrics=metrics, figures=tuple(drawn))
+
+
+def read_study(recipe_dir: Path, recipe_text: Mapping[str, Any]) -> Study:
+    """The runs of a recipe with its question; ``recipe_text`` as for ``write_report``."""
+    runs = tuple(load(recipe_dir))
+    groups = tuple(group_runs(runs, tuple(recipe_text.get("arms") or ())))
+    existing = {run.run_id for run in runs}
+    name = str(recipe_text.get("name") or recipe_dir.resolve().name)
+    return Study(
+        name=name,
+        question=str(recipe_text.get("question") or name).strip(),
+        runs=tuple(run for group in groups for run in group.runs),
+        groups=groups,
+        missing=tuple(run_id for run_id in recipe_text.get("planned") or () if run_id not in existing),
+    )
+
+
+def summary_lines(runs: Sequence[Run]) -> list[str]:
+    """At most 15 lines for a terminal: a row a setting, and which runs are not done."""
+    groups = group_runs(runs)
+    shown = groups[: MAX_LINES - 5]
+    columns = [column for column in recorded_columns(groups) if column.slug in TERMINAL_COLUMNS]
+    header = ["arm", "gradient follows", *(column.name for column in columns), "steps", "± over"]
+    rows = _cells(shown, columns)
+    lines = _aligned([header, *rows]) if rows else ["No runs."]
+    lines += [f"... and {len(groups) - len(shown)} more in summary.csv"] if len(groups) > len(shown) else []
+    lines += ["Means of the last ten steps."] if rows else []
+    waiting = [f"{run.run_id} ({run.status})" for run in runs if not run.is_done]
+    more = f" and {len(waiting) - 4} more" if len(waiting) > 4 else ""
+    return lines + ([f"Not done: {', '.join(waiting[:4])}{more}"] if waiting else [])
+
+
+def markdown_text(study: Study, drawn: Sequence[str], findings: str = "") -> str:
+    """report.md; ``drawn`` are the figures' paths relative to it, ``findings`` what a person wrote into it before."""
+    parts = [
+        f"# {study.question}",
+        f"klreg_verl, recipe `{study.name}`: {counts(study)}.",
+        f"{FINDINGS[0]}\n{findings.strip()}\n{FINDINGS[1]}" if findings.strip() else "\n".join(FINDINGS),
+        f"## What this is, and what it is not\n\n{scope(study.groups)}",
+        _section("Runs that are not finished or not whole", _unfinished_lines(study)),
+        _section("At the end", _summary_markdown(study)),
+        _section("Figures", _figures_markdown(study, drawn)),
+        _section("What each arm's gradient followed", _gradient_lines(study)),
+        _section("Held-out evaluation", _evaluation_tables(study)),
+        _section("Can the measurements be trusted?", _table(("looked at", "found", "should be"), checks(study.groups))),
+        _section("Run cards", _card_lines(study)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def _write_figures(study: Study, folder: Path) -> list[Path]:
+    overviews, single = [], []
+    for task in study.tasks:
+        groups = study.of_task(task)
+        place = folder / task if len(study.tasks) > 1 else folder
+        drawings = figures.drawings(groups)
+        if any(panel.name in drawings for panel in figures.OVERVIEW):
+            overviews.append(figures.overview(groups, place / "overview.png"))
+        single += [figures.png(draw, place / f"{name}.png", groups) for name, draw in drawings.items()]
+    return overviews + single
+
+
+def _findings(path: Path) -> str:
+    """What stands between the marks of an existing report.md."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    _, start, rest = text.partition(FINDINGS[0])
+    inside, end, _ = rest.partition(FINDINGS[1])
+    return inside if start and end else ""
+
+
+def _cells(groups: Sequence[Group], columns: Sequence[Column]) -> list[list[str]]:
+    """A row a group; a column's numbers have the same decimals."""
+    values = [[final_value(group, column.key) for group in groups] for column in columns]
+    texts = [[stats.text(value, stats.places(column)) for value in column] for column in values]
+    several = len({group.task for group in groups}) > 1
+    return [
+        [
+            f"{group.task}: {group.label}" if several else group.label,
+            group.follows,
+            *(column[index] for column in texts),
+            steps_text(group) + (" (interim)" if group.is_interim else ""),
+            error_over(group),
+        ]
+        for index, group in enumerate(groups)
+    ]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]) if lines else ""
+
+
+def _unfinished_lines(study: Study) -> str:
+    told = [(run, "; ".join(text for text in (run.reason, *run.problems) if text)) for run in unfinished(study.runs)]
+    lines = [f"- `{run.run_id}`: {run.status} at step {run.last_step}{': ' if why else ''}{why}" for run, why in told]
+    return "\n".join([*lines, *(f"- `{run_id}`: not started" for run_id in study.missing)])
+
+
+def _summary_markdown(study: Study) -> str:
+    if not study.groups:
+        return ""
+    columns = recorded_columns(study.groups)
+    head = ["arm", "gradient follows", *(f"{column.name} [{column.unit}]" for column in columns), "steps", "± over"]
+    table = _table(head, _cells(study.groups, columns))
+    found = "\n".join(f"- {sentence}" for sentence in sentences(study.groups))
+    return f"{table}\n\nMeans of the last ten steps of training.\n\n{found}"
+
+
+def _figures_markdown(study: Study, drawn: Sequence[str]) -> str:
+    titles = {panel.name: panel.title for panel in (*figures.TIME_COURSES, *figures.MISMATCH)}
+    titles |= {
+        figures.KL_ACCURACY: "Accuracy against KL",
+        "overview": "Accuracy, KL to the reference, entropy and coverage",
+    }
+    images = [f"![{titles[Path(path).stem]}]({path})" for path in drawn]
+    return "\n\n".join([smoothing_text(study), *images]) if images else ""
+
+
+def _gradient_lines(study: Study) -> str:
+    told = {group.label: " ".join(gradients(group)) for group in study.groups}
+    return "\n".join(f"- **{label}**: {text}" for label, text in told.items())
+
+
+def _evaluation_tables(study: Study) -> str:
+    parts = []
+    for task in study.tasks:
+        groups = study.of_task(task)
+        for key, table in evaluations(groups).items():
+            rows = zip(groups, table.values, strict=True)
+            body = [[group.label, *(stats.text(value, 3) for value in values)] for group, values in rows]
+            parts.append(f"`{key}`\n\n{_table(['arm', *(f'step {step}' for step in table.steps)], body)}")
+    return "\n\n".join(parts)
+
+
+def _card_lines(study: Study) -> str:
+    """Facts shared by all runs, then those that differ."""
+    if not study.runs:
+        return ""
+    differing = differing_facts(study.runs)
+    shared = [(key, f"`{value}`") for key, value in facts(study.runs[0].provenance).items() if key not in differing]
+    rows = [
+        (run.run_id, *(f"`{values[index]}`" for values in differing.values())) for index, run in enumerate(study.runs)
+    ]
+    tables = [_table(("the same in all runs", "value"), shared), _table(("run", *differing), rows) if differing else ""]
+    return "\n\n".join(table for table in tables if table)

@@ -1,0 +1,241 @@
+"""Run folders as values: what was asked for, how far it came, what was measured.
+
+    runs/<recipe>/<arm>/<task>/[<key=value>/...]seed<k>/
+        spec.json  provenance.json  state.json  metrics.jsonl  samples/  attempts/  checkpoints/
+
+Who a run is (arm, task, grid point, seed) is read from its path, so that a folder whose files are broken can still be
+named. Everything wrong with a folder is a sentence in ``Run.problems``; nothing is repaired and nothing is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+SEED_FOLDER = re.compile(r"seed(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """One run folder, read."""
+
+    path: Path
+    arm: str
+    task: str
+    grid: tuple[str, ...]
+    """The grid point as its folders spell it, for example ("kl.beta=0.1",)."""
+    seed: int
+    spec: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    status: str
+    """pending | running | interrupted | failed | done."""
+    reason: str
+    """Why it failed or stopped, as state.json says; "" if it does not."""
+    metrics: pd.DataFrame
+    """One row a step in order, indexed by "step" (0 is the validation before training); columns are metric keys."""
+    problems: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Arm and grid point: what one line in a figure is called."""
+        return " · ".join((self.arm, *(point.removeprefix("kl.") for point in self.grid)))
+
+    @property
+    def run_id(self) -> str:
+        """The path below the recipe's folder."""
+        return "/".join((self.arm, self.task, *self.grid, f"seed{self.seed}"))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run reached its last step."""
+        return self.status == "done"
+
+    @property
+    def kl(self) -> Mapping[str, Any]:
+        """The spec's KL block; empty when the spec has none."""
+        return mapping(self.spec.get("kl"))
+
+    @property
+    def steps(self) -> int | None:
+        """The number of training steps asked for, if the spec says."""
+        steps = mapping(self.spec.get("train")).get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def training(self) -> pd.DataFrame:
+        """The rows of training steps (1, 2, ...)."""
+        return self.metrics[self.metrics.index >= 1]
+
+    @property
+    def last_step(self) -> int:
+        """The last training step with a line; 0 before the first."""
+        return int(self.training.index[-1]) if len(self.training) else 0
+
+
+def load(recipe_dir: Path) -> list[Run]:
+    """Every run below ``recipe_dir``: settings without a KL term first, then by arm, task, grid point and seed.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    recipe_dir = Path(recipe_dir)
+    if not recipe_dir.is_dir():
+        raise ValueError(
+            f"There is no folder {recipe_dir}. Run the recipe first, or say where its runs are: --runs-dir."
+        )
+    return sorted((read_run(path, recipe_dir) for path in run_folders(recipe_dir)), key=_order)
+
+
+def run_folders(folder: Path, depth: int = 0) -> Iterator[Path]:
+    """Folders <arm>/<task>/[<grid>/...]seed<k> below ``folder``. What is inside a run is not walked."""
+    for child in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        if depth >= 2 and SEED_FOLDER.fullmatch(child.name):
+            yield child
+        else:
+            yield from run_folders(child, depth + 1)
+
+
+def read_run(path: Path, recipe_dir: Path) -> Run:
+    """One run folder. Files that are missing or broken become sentences in ``problems``."""
+    arm, task, *grid = path.relative_to(recipe_dir).parts[:-1]
+    problems: list[str] = []
+    names = ("spec.json", "state.json", "provenance.json")
+    spec, state, provenance = (_read_object(path / name, problems) for name in names)
+    metrics = read_metrics(path / "metrics.jsonl", problems)
+    return Run(
+        path=path,
+        arm=arm,
+        task=task,
+        grid=tuple(grid),
+        seed=int(path.name.removeprefix("seed")),
+        spec=mapping(spec.get("spec", spec)),
+        provenance=provenance,
+        status=_status(state),
+        reason=str(state.get("reason") or ""),
+        metrics=metrics,
+        problems=tuple(problems),
+    )
+
+
+def read_metrics(path: Path, problems: list[str]) -> pd.DataFrame:
+    """metrics.jsonl as a table indexed by step. Null is NaN. Lines that cannot be read are told to ``problems``."""
+    rows = list(_metric_lines(path, problems))
+    steps = [int(row["step"]) for row in rows]
+    values = [{key: _number(value) for key, value in row.items() if key != "step"} for row in rows]
+    table = pd.DataFrame(values, index=pd.Index(steps, name="step", dtype="int64"), dtype="float64")
+    repeated = sorted(set(table.index[table.index.duplicated()]))
+    if repeated:
+        problems.append(f"metrics.jsonl has step {_join(repeated)} more than once; the last line is used")
+    table = table[~table.index.duplicated(keep="last")].sort_index()
+    problems.extend(_gaps(table.index[table.index >= 1]))
+    return table
+
+
+def long_table(runs: list[Run]) -> pd.DataFrame:
+    """Columns arm, task, grid, seed, status, step, key, value; one row per recorded finite number."""
+    columns = ["arm", "task", "grid", "seed", "status", "step", "key", "value"]
+    parts = [_melt(run) for run in runs if len(run.metrics)]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """``value`` if it is a mapping, else an empty one: for reading JSON that others wrote."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _order(run: Run) -> tuple[Any, ...]:
+    return (run.kl.get("placement") != "none", run.arm, run.task, [_natural(point) for point in run.grid], run.seed)
+
+
+def _natural(text: str) -> tuple[str, float, str]:
+    """Sorts key=0.01 before key=0.1 before key=1e1, by number."""
+    key, _, value = text.partition("=")
+    try:
+        return key, float(value), ""
+    except ValueError:
+        return key, math.inf, value
+
+
+def _read_object(path: Path, problems: list[str]) -> Mapping[str, Any]:
+    if not path.exists():
+        problems.append(f"{path.name} is missing")
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        problems.append(f"{path.name} is not JSON ({error})")
+        return {}
+    return mapping(value)
+
+
+def _status(state: Mapping[str, Any]) -> str:
+    status = str(state.get("status", "pending"))
+    return "interrupted" if status == "running" and _is_gone(state) else status
+
+
+def _is_gone(state: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote "running" is known to be dead. Only its own host can tell."""
+    pid, host = state.get("pid"), state.get("host")
+    if not isinstance(pid, int) or host != socket.gethostname():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _metric_lines(path: Path, problems: list[str]) -> Iterator[Mapping[str, Any]]:
+    if not path.exists():
+        problems.append("metrics.jsonl is missing")
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        row = _parse(line)
+        if row is not None:
+            yield row
+        elif line.strip():
+            where = "the last line is torn" if number == len(lines) else f"line {number} cannot be read"
+            problems.append(f"metrics.jsonl: {where}; it is left out")
+
+
+def _parse(line: str) -> Mapping[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    is_row = isinstance(row, dict) and isinstance(row.get("step"), int | float) and math.isfinite(row["step"])
+    return row if is_row else None
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _gaps(steps: pd.Index) -> list[str]:
+    """A sentence naming the steps between 1 and the last that have no line."""
+    if not len(steps):
+        return []
+    missing = sorted(set(range(1, int(steps[-1]) + 1)) - set(steps))
+    return [f"metrics.jsonl has no line for step {_join(missing)}"] if missing else []
+
+
+def _join(steps: list[int]) -> str:
+    shown = ", ".join(str(step) for step in steps[:8])
+    return shown if len(steps) <= 8 else f"{shown} and {len(steps) - 8} more"
+
+
+def _melt(run: Run) -> pd.DataFrame:
+    table = run.metrics.reset_index().melt(id_vars="step", var_name="key", value_name="value").dropna(subset="value")
+    return table.assign(arm=run.arm, task=run.task, grid=",".join(run.grid), seed=run.seed, status=run.status)

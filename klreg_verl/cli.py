@@ -1,0 +1,318 @@
+"""The `klreg` command. Thin: every subcommand reads its arguments, calls one function, and prints.
+
+Exit code 0: success; 1: something failed; 2: bad input. Nothing heavy is imported before a subcommand needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from klreg_verl.experiment.plan import RunSpec
+    from klreg_verl.experiment.recipe import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="KL regularization laboratory."
+)
+data_app = typer.Typer(no_args_is_help=True, help="Build or check data and the tiny starting model.")
+app.add_typer(data_app, name="data")
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe's YAML file.", metavar="RECIPE")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. train.steps=10.", metavar="K=V")]
+RunsDir = Annotated[Path | None, typer.Option(help="Where run folders live (or KLREG_RUNS; default ./runs).")]
+AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
+Arm = Annotated[str | None, typer.Option(help="Only this arm.")]
+Task = Annotated[str | None, typer.Option(help="Only this task.")]
+Seed = Annotated[int | None, typer.Option(help="Only this seed.")]
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Errors that a user can mend become one message and exit code 2; the stack's own become exit code 1."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from error
+    except RuntimeError as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    arm: Arm = None,
+    task: Task = None,
+    seed: Seed = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show every setting, start nothing.")] = False,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Run what is unfinished of a recipe on this machine, then write its report."""
+    from klreg_verl.experiment.store import runs_root
+    from launch import preflight
+
+    with told():
+        read, specs = _selected(recipe, overrides, arm, task, seed)
+        root = runs_root(runs_dir)
+        platform = preflight.detect_platform()
+        typer.echo(f"platform: {platform}")
+        findings = preflight.check(specs, root, platform)
+        if dry_run:
+            _show_dry_run(findings, specs, root, platform)
+            return
+        outcomes = _run(specs, root, platform)
+        _write_report(read, root)
+    failed = [outcome for outcome in outcomes if outcome.status != "done"]
+    for outcome in failed:
+        _show_failure(outcome, root)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    show: Annotated[str | None, typer.Option(help="Print verl's settings of this arm.")] = None,
+    as_verl: Annotated[str | None, typer.Option(help="Print a stock verl command for this arm.")] = None,
+    as_json: AsJson = False,
+    runs_dir: RunsDir = None,
+) -> None:
+    """The runs of a recipe and how they stand. Writes and starts nothing."""
+    from klreg_verl.experiment.store import runs_root
+
+    with told():
+        read, specs = _selected(recipe, overrides, show or as_verl, None, None)
+        root = runs_root(runs_dir)
+        if as_verl:
+            typer.echo(_stock_command(specs[0], root))
+        elif show:
+            typer.echo(json.dumps(_settings(specs[0], root, _platform()), indent=2))
+        elif as_json:
+            typer.echo(json.dumps([_planned(spec, root) for spec in specs], indent=2))
+        else:
+            typer.echo(read.describe())
+            for spec in specs:
+                row = _planned(spec, root)
+                typer.echo(f"  {row['status']:<12} {row['run_id']:<40} {row['step']}/{spec.train.steps}  {row['hash']}")
+
+
+@app.command()
+def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, runs_dir: RunsDir = None) -> None:
+    """How each run of a recipe stands: state, step, attempt, last accuracy and KL, reason of the last end."""
+    from klreg_verl.experiment.store import runs_root
+
+    with told():
+        _, specs = _selected(recipe, overrides, None, None, None)
+        rows = [_planned(spec, runs_root(runs_dir)) for spec in specs]
+        if as_json:
+            typer.echo(json.dumps(rows, indent=2))
+            return
+        for row in rows:
+            numbers = "  ".join(f"{name} {row[name]:.3f}" for name in ("accuracy", "kl") if row[name] is not None)
+            typer.echo(
+                f"{row['status']:<12} {row['run_id']:<40} step {row['step']}/{row['steps']}  "
+                f"attempt {row['attempt']}  {numbers}  {row['reason']}"
+            )
+
+
+@app.command()
+def report(recipe: RecipePath, runs_dir: RunsDir = None) -> None:
+    """Write report.html, report.md, tables and figures of a recipe's runs (or of a folder of runs)."""
+    from klreg_verl.experiment import recipe as recipes
+    from klreg_verl.experiment.store import runs_root
+
+    with told():
+        if recipe.is_dir():
+            _write_report_of(recipe, {})
+        else:
+            _write_report(recipes.load(recipe), runs_root(runs_dir))
+
+
+@app.command()
+def doctor(
+    spec: Annotated[str | None, typer.Option(help="Explain one arm: RECIPE#ARM.")] = None, as_json: AsJson = False
+) -> None:
+    """Which divergence's gradient each KL setting follows, by exact enumeration. Needs torch only."""
+    from klreg_verl import doctor as judge
+
+    with told():
+        if spec is not None:
+            path, _, name = spec.partition("#")
+            _, specs = _selected(Path(path), None, name or None, None, None)
+            first = specs[0]
+            typer.echo(judge.explain(first.kl, first.train.advantage, first.train.updates_per_batch))
+            return
+        rows = judge.table()
+        typer.echo(json.dumps(rows, indent=2) if as_json else "\n".join(_doctor_lines(rows)))
+
+
+@data_app.command(
+    "palindrome", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def data_palindrome(context: typer.Context) -> None:
+    """Build the Palindrome parquet files (reasoning-gym's items in verl's schema)."""
+    from data_prep import palindrome
+
+    _delegate(palindrome.main, "klreg data palindrome", context.args)
+
+
+@data_app.command(
+    "tiny-model", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def data_tiny_model(context: typer.Context) -> None:
+    """Build the tiny starting model, supervised on palindromes."""
+    from data_prep import tiny_model
+
+    _delegate(tiny_model.main, "klreg data tiny-model", context.args)
+
+
+@data_app.command("check")
+def data_check(file: Annotated[Path, typer.Argument(help="A parquet file in verl's schema.")]) -> None:
+    """Check a user's own parquet file."""
+    from data_prep.schema import check_file
+
+    with told():
+        typer.echo(f"{file}: {check_file(file).num_rows} rows in verl's schema")
+
+
+def _delegate(main: Callable[[], None], name: str, arguments: list[str]) -> None:
+    """Call a data_prep module's own command line."""
+    import sys
+
+    sys.argv = [name, *arguments]
+    with told():
+        main()
+
+
+def _selected(
+    path: Path, overrides: list[str] | None, arm: str | None, task: str | None, seed: int | None
+) -> tuple[Recipe, list[RunSpec]]:
+    """The recipe, checked by the doctor too, and those of its runs that were asked for."""
+    from klreg_verl.experiment import plan as plans
+    from klreg_verl.experiment import recipe as recipes
+
+    read = recipes.load(path, overrides or ())
+    recipes.check_claims(read)
+    specs = plans.expand(read)
+    for name, wanted in (("arm", arm), ("task_name", task), ("seed", seed)):
+        known = list(dict.fromkeys(str(getattr(spec, name)) for spec in specs))
+        if wanted is not None and str(wanted) not in known:
+            raise ValueError(f"{path}: there is no {name.removesuffix('_name')} {wanted!r}. Known: {', '.join(known)}.")
+        specs = [spec for spec in specs if wanted is None or getattr(spec, name) == wanted]
+    return read, specs
+
+
+def _run(specs: list[RunSpec], root: Path, platform: str) -> list[Any]:
+    from launch import local
+    from launch.display import LiveDisplay, PlainDisplay, is_terminal
+
+    try:
+        if not is_terminal():
+            return local.run(specs, root, platform, PlainDisplay(len(specs)))
+        with LiveDisplay(specs) as display:
+            return local.run(specs, root, platform, display)
+    except local.Interrupted as signal_name:
+        typer.echo(f"Stopped by {signal_name}. The same command resumes from the last checkpoint.")
+        raise typer.Exit(1) from None
+
+
+def _show_failure(outcome: Any, root: Path) -> None:
+    from klreg_verl.experiment.store import RunFolder
+    from launch import failure
+
+    log = RunFolder(root / outcome.spec.recipe / outcome.spec.run_id).latest / "log"
+    typer.secho(f"\n{outcome.spec.run_id} failed: {outcome.reason}", fg="red")
+    typer.echo("\n".join(failure.excerpt(log)))
+    typer.echo(f"whole log: {log.resolve()}")
+
+
+def _write_report(read: Recipe, root: Path) -> None:
+    _write_report_of(root / read.name, {"question": read.question, "arms": list(read.arms)})
+
+
+def _write_report_of(folder: Path, recipe_text: dict[str, Any]) -> None:
+    from klreg_verl.analysis import report as reports
+    from klreg_verl.analysis import runs as stored
+
+    paths = reports.write_report(folder, recipe_text)
+    typer.echo("\n".join(["", *reports.summary_lines(stored.load(folder)), "", f"report: {paths.html}"]))
+
+
+def _show_dry_run(findings: list[Any], specs: list[RunSpec], root: Path, platform: str) -> None:
+    for finding in findings:
+        typer.echo(f"{finding.what}: {finding.detail}")
+    for spec in specs:
+        typer.echo(f"\n{spec.run_id}  {spec.hash[:12]}")
+        for key, value in _settings(spec, root, platform).items():
+            typer.echo(f"  {key}={json.dumps(value)}")
+    typer.echo(f"\n{len(specs)} runs; nothing was started.")
+
+
+def _settings(spec: RunSpec, root: Path, platform: str) -> dict[str, Any]:
+    """verl's settings; inputs that are not built yet are named, not built."""
+    from klreg_verl.verl_hooks import overrides
+    from launch.inputs import planned_files
+
+    return overrides.settings(spec, planned_files(spec, root), platform)
+
+
+def _stock_command(spec: RunSpec, root: Path) -> str:
+    """A shell script: the KL block as a file, then verl's own command."""
+    from klreg_verl.verl_hooks import cpu, overrides
+    from launch.local import kl_yaml
+
+    platform = _platform()
+    values = _settings(spec, root, platform)
+    environment = {"KLREG_KL": "kl.yaml"}
+    if platform == "cpu":
+        environment |= cpu.ENVIRONMENT
+        values |= {"ray_kwargs.ray_init.num_cpus": 16, "ray_kwargs.ray_init.num_gpus": spec.resources.gpus_per_node}
+    block = kl_yaml(spec).strip()
+    return f"echo {shlex.quote(block)} > kl.yaml\n{overrides.verl_command(values, environment)}"
+
+
+def _platform() -> str:
+    from launch.preflight import detect_platform
+
+    return detect_platform()
+
+
+def _planned(spec: RunSpec, root: Path) -> dict[str, Any]:
+    """One run and how it stands."""
+    from klreg_verl.experiment.store import RunFolder
+
+    folder = RunFolder(root / spec.recipe / spec.run_id)
+    state = folder.state()
+    last = (folder.read_metrics() or [{}])[-1]
+    return {
+        "run_id": spec.run_id,
+        "hash": spec.hash[:12],
+        "status": "pending" if state.status == "done" and not folder.is_done(spec) else state.status,
+        "step": last.get("step", 0),
+        "steps": spec.train.steps,
+        "attempt": state.attempt,
+        "accuracy": last.get("train/accuracy"),
+        "kl": last.get("kl_ref/k1_response"),
+        "reason": state.reason,
+    }
+
+
+def _doctor_lines(rows: list[dict[str, Any]]) -> list[str]:
+    head = ("placement", "estimator", "verdict", "follows", "cosine_reverse", "cosine_forward", "value")
+    cells = [[f"{row[k]:.3f}" if isinstance(row[k], float) else str(row[k] or "-") for k in head] for row in rows]
+    widths = [max(len(line[i]) for line in [list(head), *cells]) for i in range(len(head))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in [head, *cells]]
+    return [lines[0], *(f"{line}\n    {row['reason']}" for line, row in zip(lines[1:], rows, strict=True))]
+
+
+if __name__ == "__main__":
+    app()

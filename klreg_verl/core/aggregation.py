@@ -1,0 +1,70 @@
+"""Reductions over tokens, responses and groups, written once.
+
+Values have the shape (B, T) and the mask is bool: True on the tokens that count. A masked reduction never reads what is
+under the mask (torch.where, not multiplication), so NaN and inf there are inert.
+"""
+
+import torch
+from torch import Tensor
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` with exact zeros where `mask` is False; both of one shape.
+
+    Raises ValueError when the mask is not bool or its shape differs: broadcasting would count tokens twice.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"The mask has dtype {mask.dtype}, which does not say what is masked. Pass mask.bool().")
+    if values.shape != mask.shape:
+        raise ValueError(f"Values of shape {tuple(values.shape)} and a mask of shape {tuple(mask.shape)} do not match.")
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the unmasked values, (B, T) -> ()."""
+    return masked(values, mask).sum()
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the unmasked values, (B, T) -> (). Of nothing it is NaN: a zero would look like a measurement."""
+    return masked_sum(values, mask) / mask.sum()
+
+
+def response_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the tokens of each response, (B, T) -> (B,); 0 for a fully masked row."""
+    return masked(values, mask).sum(dim=-1)
+
+
+def group_sum(values: Tensor, group_ids: Tensor) -> Tensor:
+    """Sum of `values` over each row's group, given back to every row: (B,), (B,) -> (B,).
+
+    Group ids are any integers, in any order; one sort, no loop over groups.
+    """
+    check_groups(values, group_ids)
+    _, group = torch.unique(group_ids, return_inverse=True)
+    totals = values.new_zeros(values.shape).index_add(0, group, values)
+    return totals[group]
+
+
+def leave_one_out_mean(values: Tensor, group_ids: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Mean of `values` over the other rows of the same group, (B,) -> (B,); 0 where there are none.
+
+    `counts`, (B,) bool, leaves rows (padding) out of every mean. Float64 inside, so that the rows of a group of equal
+    values get exactly that value to the last bit of float32.
+    """
+    counts = torch.ones_like(values, dtype=torch.bool) if counts is None else counts
+    own = masked(values, counts).double()
+    siblings = group_sum(counts.double(), group_ids) - counts.double()
+    mean = (group_sum(own, group_ids) - own) / siblings.clamp(min=1.0)
+    return torch.where(siblings > 0, mean, 0.0).to(values.dtype)
+
+
+def check_groups(values: Tensor, group_ids: Tensor) -> None:
+    """Raise ValueError unless both are (B,) and the ids are integers."""
+    if values.dim() != 1 or values.shape != group_ids.shape:
+        raise ValueError(
+            f"One value and one group id per response are needed, shape (B,) both; got {tuple(values.shape)} and "
+            f"{tuple(group_ids.shape)}. Sum token values over each response first."
+        )
+    if group_ids.is_floating_point() or group_ids.is_complex() or group_ids.dtype == torch.bool:
+        raise ValueError(f"Group ids have dtype {group_ids.dtype}. Number the prompts with integers (int64).")

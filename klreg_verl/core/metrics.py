@@ -1,0 +1,122 @@
+"""From tensors to numbers: every metric key with its unit and meaning, and the functions that measure.
+
+Inputs are (B, T) with a bool response_mask, padding rows already removed. Log-probs are those of the policy that the
+batch was sampled from (before the update), at the rollout's temperature. A mean over nothing is NaN.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from klreg_verl.core import kl
+from klreg_verl.core.aggregation import masked_mean, response_sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One key of metrics.jsonl, TensorBoard, W&B and the report; <...> in a key stands for a name."""
+
+    key: str
+    unit: str
+    meaning: str
+
+
+_ROWS = (
+    ("step", "updates", "the update whose batch this line measures; 0 is the validation before training"),
+    ("time/step_s", "s", "wall time of the whole step"),
+    ("time/<phase>_s", "s", "wall time of one phase of the step"),
+    ("perf/tokens_per_s", "tokens/s", "response tokens over the wall time of the step"),
+    ("memory/peak_gb", "GB", "peak memory of the run's processes"),
+    ("train/accuracy", "fraction", "responses of the batch that are right"),
+    ("train/score", "reward", "mean score of the task, before any KL"),
+    ("reward/penalized", "reward", "mean of score - beta * S, S the response-summed charge; the score outside reward"),
+    ("response/length", "tokens", "mean number of response tokens"),
+    ("response/truncated", "fraction", "responses cut at the token limit"),
+    ("kl_ref/k1_token", "nats/token", "reverse KL to the reference by k1, mean over all tokens"),
+    ("kl_ref/k1_response", "nats/response", "the same, summed over each response, mean over responses"),
+    ("kl_ref/k3_token", "nats/token", "reverse KL to the reference by k3, unclamped, mean over all tokens"),
+    ("kl_ref/k3_response", "nats/response", "the same, summed over each response, mean over responses"),
+    ("kl_ref/p99", "nats", "99th percentile over tokens of the signed log-ratio d = log pi - log pi_ref"),
+    ("kl_ref/max", "nats", "largest d of any token"),
+    ("kl_ref/top1pct_share", "fraction", "share of the summed k3 in the 1 % of tokens where it is largest"),
+    ("kl_ref/valid", "nats/response", "kl_ref/k1_response of the right responses; absent when there are none"),
+    ("kl_ref/invalid", "nats/response", "kl_ref/k1_response of the wrong responses; absent when there are none"),
+    ("kl_rollout/k1_token", "nats/token", "KL of the sampler to the trainer by k1: mean of rollout minus old log-prob"),
+    ("kl_rollout/max", "nats", "largest absolute difference of rollout and old log-prob of any token"),
+    ("kl/beta", "reward/nat", "coefficient of the KL term in this update"),
+    ("kl/penalty", "reward", "beta times the KL term: mean of beta * S in the reward, beta * KL loss in the loss"),
+    ("entropy/token", "nats/token", "mean entropy of the policy's next-token distribution"),
+    ("entropy/p10", "nats", "10th percentile over tokens of that entropy"),
+    ("entropy/p50", "nats", "median over tokens of that entropy"),
+    ("entropy/p90", "nats", "90th percentile over tokens of that entropy"),
+    ("diversity/unique_valid", "answers", "distinct right answers per prompt"),
+    ("diversity/coverage", "fraction", "distinct right answers over possible ones, per prompt where that is known"),
+    ("eval/<task>/accuracy", "fraction", "right responses on the task's held-out prompts"),
+)
+METRICS: dict[str, Metric] = {key: Metric(key=key, unit=unit, meaning=meaning) for key, unit, meaning in _ROWS}
+
+
+def markdown_table() -> str:
+    """METRICS as the table that the README shows."""
+    rows = (f"| `{metric.key}` | {metric.unit} | {metric.meaning} |" for metric in METRICS.values())
+    return "\n".join(("| key | unit | meaning |", "|---|---|---|", *rows)) + "\n"
+
+
+@torch.no_grad()
+def kl_metrics(old_logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, valid: Tensor) -> dict[str, float]:
+    """All kl_ref/* of a batch; `valid` is (B,) bool, True on right responses."""
+    log_ratio = kl.log_ratio(old_logprobs, ref_logprobs)
+    k1 = kl.value("k1", old_logprobs, ref_logprobs)
+    k3 = kl.value("k3", old_logprobs, ref_logprobs)
+    per_response = response_sum(k1, response_mask)
+    (p99,) = _quantiles(log_ratio[response_mask], 0.99)
+    metrics = {
+        "kl_ref/k1_token": masked_mean(k1, response_mask).item(),
+        "kl_ref/k1_response": per_response.mean().item(),
+        "kl_ref/k3_token": masked_mean(k3, response_mask).item(),
+        "kl_ref/k3_response": response_sum(k3, response_mask).mean().item(),
+        "kl_ref/p99": p99,
+        "kl_ref/max": _maximum(log_ratio[response_mask]),
+        "kl_ref/top1pct_share": _top_share(k3[response_mask], 0.01),
+    }
+    kinds = {"kl_ref/valid": per_response[valid], "kl_ref/invalid": per_response[~valid]}
+    return metrics | {key: values.mean().item() for key, values in kinds.items() if len(values)}
+
+
+@torch.no_grad()
+def entropy_metrics(entropy: Tensor, response_mask: Tensor) -> dict[str, float]:
+    """entropy/token and its 10th, 50th and 90th percentile over the tokens of the batch, in nats."""
+    p10, p50, p90 = _quantiles(entropy[response_mask], 0.1, 0.5, 0.9)
+    mean = masked_mean(entropy, response_mask).item()
+    return {"entropy/token": mean, "entropy/p10": p10, "entropy/p50": p50, "entropy/p90": p90}
+
+
+@torch.no_grad()
+def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, response_mask: Tensor) -> dict[str, float]:
+    """How far the sampler's log-probs are from the trainer's of the same weights: kl_rollout/*."""
+    difference = kl.log_ratio(rollout_logprobs, old_logprobs)
+    return {
+        "kl_rollout/k1_token": masked_mean(difference, response_mask).item(),
+        "kl_rollout/max": _maximum(difference[response_mask].abs()),
+    }
+
+
+def _quantiles(values: Tensor, *levels: float) -> tuple[float, ...]:
+    """numpy's, because torch.quantile refuses more than 2^24 values, which a large batch of long responses has."""
+    if not len(values):
+        return tuple(float("nan") for _ in levels)
+    return tuple(float(level) for level in np.quantile(values.double().cpu().numpy(), levels))
+
+
+def _maximum(values: Tensor) -> float:
+    return values.max().item() if len(values) else float("nan")
+
+
+def _top_share(mass: Tensor, fraction: float) -> float:
+    """Share of the total in the largest `fraction` of the values, at least one; NaN where there is no mass at all."""
+    if not len(mass):
+        return float("nan")
+    largest = mass.double().topk(int(np.ceil(fraction * len(mass)))).values
+    return (largest.sum() / mass.double().sum()).item()

@@ -1,0 +1,35 @@
+"""core.advantages under the signature of verl's advantage estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from klreg_verl.core import advantages
+from klreg_verl.core.aggregation import response_sum
+from klreg_verl.verl_hooks.names import ADVANTAGE_PREFIX
+
+
+def group_ids(groups: Sequence[Any]) -> Tensor:
+    """(B,) integers, equal where `groups` (any hashable, e.g. verl's uid strings) are equal."""
+    return torch.from_numpy(np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]).long()
+
+
+def register(register_adv_est: Callable[[str], Callable[[Any], Any]]) -> None:
+    """Register every estimator of core.advantages with verl as `klreg_<name>`."""
+    for name in advantages.names():
+        register_adv_est(ADVANTAGE_PREFIX + name)(_estimator(name))
+
+
+def _estimator(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def estimate(token_level_rewards: Tensor, response_mask: Tensor, index: Any, **_: Any) -> tuple[Tensor, Tensor]:
+        scores = response_sum(token_level_rewards, response_mask.bool())
+        per_response = advantages.compute(name, scores, group_ids(index))
+        per_token = per_response.unsqueeze(-1) * response_mask
+        return per_token, per_token
+
+    return estimate

@@ -1,0 +1,20 @@
+"""The driver of one run: verl's own main, once it is sure that verl would start our trainer.
+
+`python -m klreg_verl.verl_hooks.main key=value ...` takes what `python -m verl.trainer.main_ppo` takes.
+"""
+
+from __future__ import annotations
+
+from klreg_verl.verl_hooks import plugin
+
+
+def main() -> None:
+    """Check the plugin, then hand over to verl."""
+    from verl.trainer import main_ppo
+
+    plugin.require_active()
+    main_ppo.main()
+
+
+if __name__ == "__main__":
+    main()

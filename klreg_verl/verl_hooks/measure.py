@@ -1,0 +1,98 @@
+"""What every arm logs about a batch: the same quantities whatever its KL setting is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klreg_verl.core import diversity, metrics
+from klreg_verl.core.aggregation import response_sum
+from klreg_verl.core.penalties import response_charge
+from klreg_verl.experiment.recipe import KLSpec
+from klreg_verl.verl_hooks.names import TIMINGS
+from klreg_verl.verl_hooks.rows import Rows
+
+
+def measure(rows: Rows, kl: KLSpec, beta: float) -> dict[str, float]:
+    """All of our metrics of one batch, sampled before the update (keys: core.metrics.METRICS)."""
+    mask, scores, valid = rows.response_mask, response_sum(rows.token_rewards, rows.response_mask), is_valid(rows)
+    return {
+        **reward_metrics(rows, scores, valid),
+        **kl_placement_metrics(rows, scores, kl, beta),
+        **metrics.kl_metrics(rows.old_logprobs, rows.ref_logprobs, mask, valid),
+        **metrics.entropy_metrics(rows.entropy, mask),
+        **metrics.mismatch_metrics(rows.old_logprobs, rows.rollout_logprobs, mask),
+        **diversity.unique_valid(answers(rows), valid, rows.group_ids, num_valid(rows)),
+    }
+
+
+def is_valid(rows: Rows) -> Tensor:
+    """(B,) bool: the reward's `acc`, or a positive score where a user's reward has no `acc`."""
+    scores = response_sum(rows.token_rewards, rows.response_mask).tolist()
+    return torch.tensor([float(x.get("acc", s)) > 0 for x, s in zip(rows.reward_extras, scores, strict=True)])
+
+
+def answers(rows: Rows) -> list[str]:
+    """The answer each response was graded on (`pred`), or its tokens where a user's reward has no `pred`."""
+    pairs = zip(rows.reward_extras, rows.responses, strict=True)
+    return [str(extras["pred"]) if "pred" in extras else str(tokens.tolist()) for extras, tokens in pairs]
+
+
+def num_valid(rows: Rows) -> list[int | None]:
+    """How many valid answers each prompt has, where the data say so."""
+    texts = [info.get("num_valid") for info in rows.extra_info]
+    return [int(text) if text not in (None, "") else None for text in texts]
+
+
+def reward_metrics(rows: Rows, scores: Tensor, valid: Tensor) -> dict[str, float]:
+    """Accuracy, score and length."""
+    lengths = rows.response_mask.sum(-1).double()
+    truncated = [float(extras.get("truncated", 0.0)) for extras in rows.reward_extras]
+    return {
+        "train/accuracy": valid.double().mean().item(),
+        "train/score": scores.double().mean().item(),
+        "response/length": lengths.mean().item(),
+        "response/truncated": sum(truncated) / len(truncated),
+    }
+
+
+def kl_placement_metrics(rows: Rows, scores: Tensor, kl: KLSpec, beta: float) -> dict[str, float]:
+    """What the arm's KL term charges; the loss's own charge comes from the workers."""
+    logged = {"kl/beta": beta, "reward/penalized": scores.double().mean().item()}
+    if kl.placement == "reward":
+        charge = response_charge(kl.estimator, rows.old_logprobs, rows.ref_logprobs, rows.response_mask)
+        logged["kl/penalty"] = beta * charge.double().mean().item()
+        logged["reward/penalized"] -= logged["kl/penalty"]
+    if kl.placement == "none":
+        logged["kl/penalty"] = 0.0
+    return logged
+
+
+def timing_metrics(timing: dict[str, float], tokens: int) -> dict[str, float]:
+    """Seconds by phase, and tokens (prompt and response) per second of the step."""
+    logged = {ours: timing[verls] for verls, ours in TIMINGS.items() if verls in timing}
+    return logged | {"perf/tokens_per_s": tokens / timing["step"]}
+
+
+def samples_columns(rows: Rows, step: int, row_of: dict[str, int], decode: Any) -> dict[str, list[Any]]:
+    """The columns of samples/step_<n>.parquet, one entry per response."""
+    prompts, responses = (
+        [decode(ids, skip_special_tokens=True) for ids in column] for column in (rows.prompts, rows.responses)
+    )
+    return {
+        "step": [step] * len(rows.samples),
+        "group": [str(row_of.get(group, group)) for group in rows.groups],
+        "sample": rows.samples,
+        "data_source": rows.data_sources,
+        "prompt": prompts,
+        "response": responses,
+        "prompt_ids": [ids.tolist() for ids in rows.prompts],
+        "token_ids": [ids.tolist() for ids in rows.responses],
+        "mask": [row[: len(ids)].tolist() for row, ids in zip(rows.response_mask, rows.responses, strict=True)],
+        "score": response_sum(rows.token_rewards, rows.response_mask).double().tolist(),
+        "valid": is_valid(rows).tolist(),
+        "answer": answers(rows),
+        "num_valid": [None if n is None else str(n) for n in num_valid(rows)],
+    }

@@ -1,0 +1,41 @@
+"""verl's names <-> ours. verl's own field names appear in this file only.
+
+TESTED names the versions that the hooks were run with; tests/test_verl_contract.py checks every symbol we touch.
+"""
+
+from __future__ import annotations
+
+TESTED = {"verl": "0.9.1"}
+
+LOGPROBS = "log_probs"
+OLD_LOGPROBS = "old_log_probs"
+REF_LOGPROBS = "ref_log_prob"
+ROLLOUT_LOGPROBS = "rollout_log_probs"
+RESPONSE_MASK = "response_mask"
+TOKEN_REWARDS = "rm_scores"
+ADVANTAGES = "advantages"
+RETURNS = "returns"
+ENTROPY = "entropy"
+PROMPTS = "prompts"
+RESPONSES = "responses"
+GROUP = "uid"
+EXTRA_FIELDS = "extra_fields"
+EXTRA_INFO = "extra_info"
+DATA_SOURCE = "data_source"
+REWARD_EXTRAS = "reward_extra_info"
+
+TIMINGS = {
+    "step": "time/step_s",
+    "gen": "time/generate_s",
+    "old_log_prob": "time/old_logprobs_s",
+    "ref": "time/ref_logprobs_s",
+    "adv": "time/advantages_s",
+    "update_actor": "time/update_s",
+    "update_weights": "time/sync_weights_s",
+    "save_checkpoint": "time/save_s",
+    "testing": "time/evaluate_s",
+}
+"""verl's phases of a step -> our metric keys."""
+
+ADVANTAGE_PREFIX = "klreg_"
+"""Our estimators are registered with verl as klreg_rloo, klreg_grpo and klreg_dr_grpo."""

@@ -1,0 +1,240 @@
+"""RunSpec -> verl's settings, as dotted keys. Imports no verl, so that a plan can be shown anywhere.
+
+`settings(spec, ...)` is all that we set; a recipe's `verl:` block adds keys of verl's own and may not contradict it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from klreg_verl.experiment.plan import RunSpec
+
+Settings = dict[str, Any]
+
+ACTOR, ROLLOUT, REF, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref", "model"))
+
+REWARD_MODULE = "pkg://data_prep.rewards"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Where a run's inputs and outputs are, absolute."""
+
+    train: Path
+    val: Path
+    model: Path
+    checkpoints: Path
+
+
+def settings(spec: RunSpec, files: Files, platform: str) -> Settings:
+    """Every verl key of one run.
+
+    Args:
+        spec: the run.
+        files: data, model and checkpoint folder.
+        platform: "cpu" or "cuda".
+
+    Raises:
+        ValueError: the recipe's `verl:` block sets a key that klreg sets from the recipe itself.
+    """
+    ours = {
+        **_data(spec, files),
+        **_model(spec, files),
+        **_actor(spec),
+        **_batches(spec, platform),
+        **_rollout(spec),
+        **_trainer(spec, files),
+        **(_cpu(spec) if platform == "cpu" else {}),
+    }
+    return ours | _passthrough(spec.verl, ours)
+
+
+def hydra_arguments(values: Mapping[str, Any]) -> list[str]:
+    """`key=value` arguments for verl's command line; `++` also adds keys that verl's YAML does not list."""
+    return [f"++{key}={_hydra_value(value)}" for key, value in values.items()]
+
+
+def verl_command(values: Mapping[str, Any], environment: Mapping[str, str]) -> str:
+    """The stock command that starts the same run without our launcher."""
+    variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    arguments = [shlex.quote(argument) for argument in hydra_arguments(values)]
+    return " \\\n    ".join([*variables, "python -m verl.trainer.main_ppo", *arguments])
+
+
+def _data(spec: RunSpec, files: Files) -> Settings:
+    reward = spec.task.reward.split(":") if spec.task.reward else None
+    return {
+        "data.train_files": str(files.train),
+        "data.val_files": str(files.val),
+        "data.train_batch_size": spec.train.prompts_per_step,
+        "data.max_prompt_length": spec.train.max_prompt_tokens,
+        "data.max_response_length": spec.train.max_response_tokens,
+        "data.seed": spec.seed,
+        "data.shuffle": True,
+        "data.validation_shuffle": False,
+        "data.dataloader_num_workers": 0,
+        "reward.custom_reward_function.path": f"pkg://{reward[0]}" if reward else REWARD_MODULE,
+        "reward.custom_reward_function.name": reward[1] if reward else "compute_score",
+    }
+
+
+def _model(spec: RunSpec, files: Files) -> Settings:
+    return {
+        f"{MODEL}.path": str(files.model),
+        f"{MODEL}.trust_remote_code": spec.model.trust_remote_code,
+    }
+
+
+def _actor(spec: RunSpec) -> Settings:
+    train = spec.train
+    return {
+        "algorithm.adv_estimator": f"klreg_{train.advantage}",
+        "algorithm.use_kl_in_reward": False,
+        f"{ACTOR}.strategy": "fsdp2",
+        f"{ACTOR}.use_kl_loss": True,  # verl loads the reference only so; the coefficient of verl's own term is 0
+        f"{ACTOR}.kl_loss_coef": 0.0,
+        f"{ACTOR}.loss_agg_mode": train.policy_aggregation,
+        f"{ACTOR}.loss_scale_factor": train.loss_scale_factor,
+        f"{ACTOR}.clip_ratio": train.clip_ratio,
+        f"{ACTOR}.clip_ratio_low": train.clip_ratio,
+        f"{ACTOR}.clip_ratio_high": train.clip_ratio,
+        f"{ACTOR}.grad_clip": train.max_grad_norm,
+        f"{ACTOR}.optim.lr": train.learning_rate,
+        f"{ACTOR}.optim.lr_warmup_steps": train.warmup_steps,
+        f"{ACTOR}.optim.weight_decay": train.weight_decay,
+        f"{ACTOR}.data_loader_seed": spec.seed,
+    }
+
+
+def _batches(spec: RunSpec, platform: str) -> Settings:
+    """Mini-batches in prompts, micro-batches in responses of one worker; on a GPU verl packs by tokens by default."""
+    train = spec.train
+    values: Settings = {f"{ACTOR}.ppo_mini_batch_size": train.prompts_per_update}
+    if train.micro_batch is None and platform == "cuda":
+        longest = train.max_prompt_tokens + train.max_response_tokens
+        return values | {
+            f"{ACTOR}.use_dynamic_bsz": True,
+            f"{ACTOR}.ppo_max_token_len_per_gpu": max(16384, 2 * longest),
+        }
+    micro_batch = train.micro_batch or train.prompts_per_update * train.responses_per_prompt // spec.resources.world_size
+    return values | {
+        f"{ACTOR}.ppo_micro_batch_size_per_gpu": micro_batch,
+        f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": micro_batch,
+        f"{REF}.log_prob_micro_batch_size_per_gpu": micro_batch,
+    }
+
+
+def _rollout(spec: RunSpec) -> Settings:
+    train, evaluation = spec.train, spec.eval
+    return {
+        f"{ROLLOUT}.name": "vllm",
+        f"{ROLLOUT}.n": train.responses_per_prompt,
+        f"{ROLLOUT}.temperature": train.temperature,
+        f"{ROLLOUT}.top_p": train.top_p,
+        f"{ROLLOUT}.tensor_model_parallel_size": spec.resources.tensor_parallel,
+        f"{ROLLOUT}.max_model_len": train.max_prompt_tokens + train.max_response_tokens,
+        f"{ROLLOUT}.seed": spec.seed,
+        f"{ROLLOUT}.val_kwargs.n": evaluation.responses_per_prompt,
+        f"{ROLLOUT}.val_kwargs.temperature": evaluation.temperature,
+        f"{ROLLOUT}.val_kwargs.do_sample": evaluation.temperature > 0,
+    }
+
+
+def _trainer(spec: RunSpec, files: Files) -> Settings:
+    trackers = ["console"] + ["tensorboard"] * spec.logging.tensorboard + ["wandb"] * (spec.logging.wandb != "off")
+    return {
+        "trainer.project_name": spec.recipe,
+        "trainer.experiment_name": spec.run_id.replace("/", "-"),
+        "trainer.logger": trackers,
+        "trainer.nnodes": spec.resources.nodes,
+        "trainer.n_gpus_per_node": spec.resources.gpus_per_node,
+        "trainer.total_training_steps": spec.train.steps,
+        "trainer.total_epochs": spec.train.steps,
+        "trainer.default_local_dir": str(files.checkpoints),
+        "trainer.resume_mode": "auto",
+        "trainer.save_freq": spec.save.every,
+        "trainer.max_actor_ckpt_to_keep": None,  # recorder.py prunes: verl forgets what it saved after a restart
+        "trainer.test_freq": spec.eval.every or -1,
+        "trainer.val_before_train": spec.eval.before,
+    }
+
+
+_FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+"""verl's default computes in bfloat16, whose rounding is larger than the KL of a first step."""
+
+
+def _cpu(spec: RunSpec) -> Settings:
+    """What differs without an accelerator; cpu.py holds what no setting can say."""
+    responses = spec.train.prompts_per_step * spec.train.responses_per_prompt
+    return {
+        "trainer.device": "cpu",
+        f"{MODEL}.override_config.attn_implementation": "sdpa",
+        f"{MODEL}.use_remove_padding": False,
+        f"{MODEL}.enable_gradient_checkpointing": False,
+        f"{ACTOR}.use_torch_compile": False,
+        f"{ACTOR}.fsdp_config.use_torch_compile": False,
+        f"{ACTOR}.fsdp_config.mixed_precision": _FLOAT32,
+        f"{REF}.use_torch_compile": False,
+        f"{REF}.fsdp_config.use_torch_compile": False,
+        f"{REF}.fsdp_config.mixed_precision": _FLOAT32,
+        f"{ROLLOUT}.dtype": "float32",
+        f"{ROLLOUT}.enforce_eager": True,
+        f"{ROLLOUT}.free_cache_engine": False,
+        f"{ROLLOUT}.enable_sleep_mode": False,
+        f"{ROLLOUT}.max_num_seqs": min(256, responses),
+        f"{ROLLOUT}.agent.num_workers": 1,
+        f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes": 64,
+        "reward.num_workers": 1,
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+    }
+
+
+def _passthrough(block: Mapping[str, Any], ours: Settings) -> Settings:
+    """The recipe's `verl:` block (dotted keys); what the recipe says elsewhere may not be said there again."""
+    for key in block:
+        if key in ours and key not in _CHANGEABLE:
+            raise ValueError(
+                f"verl.{key}: klreg sets this key from the recipe (to {ours[key]!r}). "
+                f"Change the recipe's own key instead{_own_key(key)}."
+            )
+    return dict(block)
+
+
+_CHANGEABLE = {f"{ROLLOUT}.max_num_seqs", f"{ROLLOUT}.agent.num_workers", "reward.num_workers", f"{ACTOR}.strategy"}
+
+_OWN_KEYS = {
+    "data.train_batch_size": "train.prompts_per_step",
+    "data.max_prompt_length": "train.max_prompt_tokens",
+    "data.max_response_length": "train.max_response_tokens",
+    f"{ACTOR}.optim.lr": "train.learning_rate",
+    f"{ACTOR}.optim.lr_warmup_steps": "train.warmup_steps",
+    f"{ACTOR}.ppo_mini_batch_size": "train.updates_per_batch",
+    f"{ACTOR}.kl_loss_coef": "kl.beta",
+    f"{ACTOR}.use_kl_loss": "kl.placement",
+    "algorithm.use_kl_in_reward": "kl.placement",
+    "algorithm.adv_estimator": "train.advantage",
+    f"{ROLLOUT}.n": "train.responses_per_prompt",
+    "trainer.total_training_steps": "train.steps",
+    "trainer.save_freq": "save.every",
+    "trainer.test_freq": "eval.every",
+}
+
+
+def _own_key(key: str) -> str:
+    own = _OWN_KEYS.get(key) or next(iter(difflib.get_close_matches(key.rsplit(".", 1)[-1], _OWN_KEYS.values(), 1)), "")
+    return f": {own}" if own else ""
+
+
+def _hydra_value(value: Any) -> str:
+    """Hydra's override grammar: JSON scalars, lists and quoted strings; null for None."""
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_hydra_value(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_hydra_value(item)}" for key, item in value.items()) + "}"
+    return json.dumps(str(value) if isinstance(value, Path) else value)

@@ -1,0 +1,98 @@
+"""What happens in every process that imports verl: the entry point `klreg` of the group `verl.plugins`.
+
+Nothing happens unless asked for: VERL_PLATFORM=cpu makes verl run without an accelerator, and KLREG_KL (a YAML file
+with one KL block) puts KLRegTrainer in the place of verl's "sync" trainer. verl swallows a plugin's exceptions, so
+`require_active` is what a launcher calls to be sure.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+from klreg_verl.verl_hooks.post_import import after_import
+
+KL_VARIABLE = "KLREG_KL"
+RUN_VARIABLE = "KLREG_RUN"
+SESSION_VARIABLE = "KLREG_SESSION_DIR"
+FORWARDED = (
+    *(KL_VARIABLE, RUN_VARIABLE, "VERL_PLATFORM", "VERL_ENGINE_DEVICE"),
+    *("TENSORBOARD_DIR", "WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME"),
+)
+"""Variables that Ray workers need and verl does not forward by itself."""
+
+
+def activate() -> None:
+    """Install what the environment asks for."""
+    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+        from klreg_verl.verl_hooks import cpu
+
+        cpu.activate()
+    if os.environ.get(SESSION_VARIABLE):
+        after_import("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer", _own_sockets)
+    if os.environ.get(KL_VARIABLE):
+        after_import("verl.trainer.constants_ppo", _forward_environment)
+        after_import("verl.trainer.ppo.core_algos", _register_advantages)
+        after_import("verl.trainer.ppo.v1.trainer_sync", _replace_sync_trainer)
+
+
+def _forward_environment(module: ModuleType) -> None:
+    """Hand our variables to every Ray worker of the job; verl leaves out what the launching shell has set."""
+    original = module.get_ppo_ray_runtime_env
+
+    def with_ours(config: Any = None) -> dict[str, Any]:
+        runtime_env = original(config)
+        runtime_env["env_vars"].update({name: os.environ[name] for name in FORWARDED if name in os.environ})
+        return runtime_env
+
+    module.get_ppo_ray_runtime_env = with_ours
+
+
+def _own_sockets(module: ModuleType) -> None:
+    """Weights travel over /tmp/rl-colocate-zmq-<Ray job id>-...: two Ray clusters on a machine share those names."""
+    for endpoint in (module.BucketedWeightSender, module.BucketedWeightReceiver):
+        endpoint.__init__ = _in_session_folder(endpoint.__init__)
+
+
+def _in_session_folder(original: Any) -> Any:
+    def init(self: Any, zmq_handle: str, *args: Any, **kwargs: Any) -> None:
+        folder = os.environ[SESSION_VARIABLE]
+        original(self, zmq_handle.replace("ipc:///tmp/", f"ipc://{folder}/"), *args, **kwargs)
+
+    return init
+
+
+def _replace_sync_trainer(module: ModuleType) -> None:
+    """Swap the class under the name "sync": any other name selects verl's asynchronous code paths in six places."""
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
+    from klreg_verl.verl_hooks.trainer import KLRegTrainer
+
+    TRAINER_REGISTRY["sync"] = KLRegTrainer
+
+
+def _register_advantages(module: ModuleType) -> None:
+    """Our vectorised advantages, under names of their own beside verl's."""
+    from klreg_verl.verl_hooks.advantages import register
+
+    register(module.register_adv_est)
+
+
+def require_active() -> None:
+    """Raise RuntimeError unless verl would start our trainer in this environment.
+
+    Imports verl's trainer; call it in the process that starts the run.
+    """
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    name = get_trainer_cls("sync").__name__
+    if name != "KLRegTrainer":
+        raise RuntimeError(
+            f"verl would start {name}, not KLRegTrainer: its plugin entry point did not load. "
+            f"Check that klreg-verl is installed in this environment (`pip show klreg-verl`), that {KL_VARIABLE} names "
+            "a file, and that VERL_USE_EXTERNAL_PLUGINS is not 'none'."
+        )
+
+
+activate()

@@ -1,0 +1,74 @@
+"""Writes a run's folder from inside the trainer: metrics.jsonl, samples, and the end of each checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from klreg_verl.experiment.store import RunFolder
+from klreg_verl.verl_hooks import checkpoints
+from klreg_verl.verl_hooks.plugin import RUN_VARIABLE
+
+
+class Recorder:
+    """The run folder named by KLREG_RUN. One of verl's trackers: `log` is called once a step with all metrics."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        spec = folder.spec()
+        if spec is None:
+            raise ValueError(f"{RUN_VARIABLE}={folder.path} is not a run folder: it has no spec.json.")
+        self.spec = spec
+        self._unmarked: int | None = None
+
+    @classmethod
+    def from_environment(cls) -> Recorder | None:
+        """None where a user's own command runs without a run folder."""
+        path = os.environ.get(RUN_VARIABLE)
+        return cls(RunFolder(Path(path))) if path else None
+
+    def resume_at(self, step: int) -> None:
+        """Continue after `step` updates: later lines of an attempt that was lost move to this attempt's folder."""
+        self.folder.discard_after(step if step > 0 else -1, self.folder.latest.resolve())
+
+    def checkpoint_saved(self, step: int) -> None:
+        """verl has written its files; the checkpoint counts once this step's line is on the disk, too."""
+        self._unmarked = step
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        """Append one line; then declare this step's checkpoint whole and remove the oldest."""
+        self.folder.append_metrics(step, numbers(data) | evaluations(data))
+        if self._unmarked == step:
+            checkpoints.mark_complete(checkpoints.step_folder(self.folder.checkpoints_dir, step))
+            checkpoints.prune(self.folder.checkpoints_dir, self.spec.save.keep)
+            self._unmarked = None
+
+    def write_samples(self, step: int, columns: dict[str, list[Any]]) -> None:
+        """samples/step_<n>.parquet, as often and as many prompts as the recipe asks for."""
+        policy = self.spec.samples
+        if not policy.every or (step - 1) % policy.every:
+            return
+        table = pa.table(columns)
+        if policy.prompts is not None:
+            table = table.filter(pa.array([int(group) < policy.prompts for group in columns["group"]]))
+        self.folder.write_samples(step, table)
+
+
+def numbers(data: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars among verl's metrics (a few are tables or text)."""
+    return {key: float(value) for key, value in data.items() if np.isscalar(value) and not isinstance(value, str)}
+
+
+def evaluations(data: Mapping[str, Any]) -> dict[str, float]:
+    """eval/<task>/accuracy beside verl's val-core/<task>/acc/mean@n."""
+    found = ((key.split("/"), value) for key, value in data.items() if key.startswith("val-core/"))
+    return {
+        f"eval/{parts[1]}/accuracy": float(value)
+        for parts, value in found
+        if len(parts) == 4 and parts[2] in ("acc", "reward") and parts[3].startswith("mean@")
+    }

@@ -1,0 +1,243 @@
+"""The process that owns everything a study starts: Ray, the runs' drivers, and whatever those start.
+
+`klreg run` talks to it over pipes (session.py). It is a child subreaper, so a process whose parent dies becomes its
+child instead of init's; when its standard input closes, for whatever reason, it ends all of its descendants, removes
+their shared memory and its folder, and exits. So nothing outlives a study, not even after kill -9.
+
+Messages are one JSON object a line. In: {"run": argv, "environment": {...}, "log": path} and {"stop": signal}.
+Out: {"ready": address} or {"failed": reason}, then {"exit": code} after each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PR_SET_CHILD_SUBREAPER = 36
+GRACE_SECONDS = 3.0
+START_SECONDS = 90.0
+POLL_SECONDS = 0.1
+RAY_SLOTS = 16
+"""Ray's CPUs are slots here: each TransferQueue actor takes one, and with too few a run waits for ever."""
+
+
+def become_subreaper() -> None:
+    """Orphans below this process become its children (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants() -> list[psutil.Process]:
+    """Every process below this one."""
+    return psutil.Process().children(recursive=True)
+
+
+def end(processes: Iterable[psutil.Process], grace: float = GRACE_SECONDS) -> None:
+    """Terminate, wait, kill; removes the shared memory that they had mapped and nobody else has."""
+    processes = list(processes)
+    segments = shared_memory(processes)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=grace)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=grace)
+    remove_unused(segments)
+
+
+def shared_memory(processes: Iterable[psutil.Process]) -> set[str]:
+    """Files under /dev/shm that the processes have mapped."""
+    return {path for process in processes for path in _mapped(process.pid)}
+
+
+def remove_unused(segments: set[str]) -> None:
+    """Unlink the given /dev/shm files unless another process still maps them."""
+    if segments:
+        used = {path for pid in psutil.pids() for path in _mapped(pid)}
+        for path in segments - used:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def _mapped(pid: int) -> set[str]:
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:  # gone, or another user's
+        return set()
+    return {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
+
+
+class Guardian:
+    """One Ray head, and one run at a time on it."""
+
+    def __init__(self, gpus: int | None, object_store_bytes: int | None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="klreg-", dir="/tmp"))  # short: sockets may have 107 characters
+        self.environment = os.environ | session_environment(self.folder)
+        self.gpus, self.object_store_bytes = gpus, object_store_bytes
+        self.driver: subprocess.Popen[bytes] | None = None
+        self.lasting: set[int] = set()
+
+    def start_ray(self) -> str:
+        """Start the head; returns its address.
+
+        Raises:
+            RuntimeError: with Ray's own last lines.
+        """
+        log = self.folder / "ray_start.log"
+        with open(log, "wb") as out:
+            command = ray_command(self.folder / "ray", self.gpus, self.object_store_bytes)
+            code = subprocess.run(
+                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=START_SECONDS
+            ).returncode
+        address = self.folder / "ray" / "ray_current_cluster"
+        if code or not address.is_file():
+            raise RuntimeError("Ray did not start:\n" + "\n".join(log.read_text().splitlines()[-15:]))
+        self.lasting = {process.pid for process in psutil.Process().children()}
+        return address.read_text().strip()
+
+    def start_run(self, argv: list[str], environment: dict[str, str], log: str) -> None:
+        """Start a run's driver; its output goes to `log`."""
+        with open(log, "ab") as out:
+            self.driver = subprocess.Popen(
+                argv, env=self.environment | environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+            )
+
+    def finished_run(self) -> int | None:
+        """The driver's exit code once it has ended and its workers are gone."""
+        code = self.driver.poll() if self.driver else None
+        if code is not None:
+            self.driver = None
+            self.sweep()
+        return code
+
+    def sweep(self) -> None:
+        """End what the last run left behind: the raylet ends its job's actors, orphans become our children."""
+        deadline = time.monotonic() + 2 * GRACE_SECONDS
+        while time.monotonic() < deadline and _actors(descendants()):
+            time.sleep(POLL_SECONDS)
+        orphans = [process for process in psutil.Process().children() if process.pid not in self.lasting]
+        trees = [below for orphan in orphans for below in (orphan, *_below(orphan))]
+        end([*trees, *_actors(descendants())])
+
+    def close(self) -> None:
+        """End everything."""
+        while remaining := descendants():
+            end(remaining)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []
+
+
+def _actors(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Ray workers at work; idle ones are called ray::IDLE."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and not title.startswith("ray::IDLE"):
+                found.append(process)
+    return found
+
+
+def session_environment(folder: Path) -> dict[str, str]:
+    """Variables that keep this session's Ray and sockets apart from everybody else's on the machine."""
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return {
+        "KLREG_SESSION_DIR": str(folder),
+        "RAY_AUTH_MODE": "token",  # with ~/.ray/auth_token present, Ray >= 2.59 mixes modes and never forms a cluster
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_TMPDIR": str(folder / "ray"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_gcs_server_request_timeout_seconds": "30",
+        "RAY_DEDUP_LOGS": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def ray_command(folder: Path, gpus: int | None, object_store_bytes: int | None) -> list[str]:
+    """`ray start` on free ports of the loopback interface."""
+    ray = Path(sys.executable).with_name("ray")
+    command = [str(ray), "start", "--head", "--port=0", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
+    command += ["--include-dashboard=false", "--disable-usage-stats", f"--num-cpus={RAY_SLOTS}"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+    command += [f"--num-gpus={gpus}"] if gpus is not None else []
+    command += [f"--object-store-memory={object_store_bytes}"] if object_store_bytes is not None else []
+    return command
+
+
+def say(**message: Any) -> None:
+    """One message to `klreg run`; nobody may be there any more."""
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps(message), flush=True)
+
+
+def serve(guardian: Guardian) -> None:
+    """Carry out messages until standard input closes."""
+    buffer = b""
+    while True:
+        readable, _, _ = select.select([0], [], [], POLL_SECONDS)
+        if readable:
+            chunk = os.read(0, 65536)
+            if not chunk:
+                return
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            for line in lines:
+                obey(guardian, json.loads(line))
+        code = guardian.finished_run()
+        if code is not None:
+            say(exit=code)
+
+
+def obey(guardian: Guardian, message: dict[str, Any]) -> None:
+    """One message from `klreg run`."""
+    if "run" in message:
+        guardian.start_run(message["run"], message["environment"], message["log"])
+    elif guardian.driver is not None:
+        guardian.driver.send_signal(message["stop"])
+
+
+def main() -> None:
+    """Entry point of the guardian process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpus", type=int)
+    parser.add_argument("--object-store-bytes", type=int)
+    arguments = parser.parse_args()
+    become_subreaper()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the pipe is what ends us
+    guardian = Guardian(arguments.gpus, arguments.object_store_bytes)
+    try:
+        say(ready=guardian.start_ray())
+        serve(guardian)
+    except Exception as error:  # whatever it is, `klreg run` has to be told, and everything has to end
+        say(failed=f"{type(error).__name__}: {error}")
+    finally:
+        guardian.close()
+
+
+if __name__ == "__main__":
+    main()

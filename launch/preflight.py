@@ -1,0 +1,154 @@
+"""Everything that can be known to go wrong before Ray starts. `klreg run` checks it; `--dry-run` stops after it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from data_prep.check import check_model, check_task
+from data_prep.cache import options_from
+from klreg_verl.experiment.plan import RunSpec
+from klreg_verl.verl_hooks.names import TESTED
+from launch.inputs import palindrome_options
+
+CPU_MEMORY_GB = 9.0
+"""What one worker's run took at its peak over all processes (recipes/results/README.md)."""
+CPU_WORKER_GB = 4.0
+"""Each further worker: a trainer process, a vLLM server with its engine and worker."""
+FREE_DISK_GB = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was checked."""
+
+    what: str
+    detail: str
+
+
+def detect_platform() -> str:
+    """"cuda" if torch sees a GPU, else "cpu"; VERL_PLATFORM decides if it is set."""
+    chosen = os.environ.get("VERL_PLATFORM", "").strip().lower()
+    if chosen:
+        return "cpu" if chosen == "cpu" else "cuda"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(specs: Sequence[RunSpec], runs_dir: Path, platform: str) -> list[Finding]:
+    """Check software, machine, data and models of all runs.
+
+    Raises:
+        ValueError: with what was found, why it cannot work, and what to do.
+    """
+    return [check_software(), check_disk(runs_dir), check_memory(specs, platform), *check_files(specs)]
+
+
+def check_software() -> Finding:
+    """Python and verl as tested."""
+    if sys.version_info[:2] not in ((3, 11), (3, 12)):
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise ValueError(f"Python {version}: verl and vLLM have no wheels for it. Use Python 3.11 (`make setup`).")
+    found = {}
+    for name, tested in TESTED.items():
+        found[name] = _installed(name)
+        if found[name] != tested:
+            raise ValueError(
+                f"{name} {found[name]} is installed and the hooks were made for {tested}: a symbol that moved would "
+                f"change what is computed. `make setup` installs {tested}."
+            )
+    return Finding(what="software", detail=", ".join(f"{name} {version}" for name, version in found.items()))
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            f"{name} is not installed in {sys.prefix}. `make setup` builds an environment with the whole stack; "
+            "this command needs it, `klreg doctor`, `klreg plan` and `klreg report` do not."
+        ) from None
+
+
+def check_disk(runs_dir: Path, needed_gb: float = FREE_DISK_GB) -> Finding:
+    """Room for checkpoints and logs, and permission to write."""
+    existing = next(folder for folder in (runs_dir, *runs_dir.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free / 1e9
+    if free < needed_gb:
+        raise ValueError(
+            f"{existing} has {free:.1f} GB free, runs need at least {needed_gb:.0f} GB: a checkpoint that does not fit "
+            "ends the run. Free some, or choose another place with --runs-dir or KLREG_RUNS."
+        )
+    return Finding(what="disk", detail=f"{free:.0f} GB free for {runs_dir}")
+
+
+def check_memory(specs: Sequence[RunSpec], platform: str) -> Finding:
+    """On a CPU, room for every process of one run."""
+    available = psutil.virtual_memory().available / 1e9
+    if platform != "cpu":
+        return Finding(what="memory", detail=f"{available:.0f} GB available")
+    workers = max(spec.resources.gpus_per_node for spec in specs)
+    needed = CPU_MEMORY_GB + (workers - 1) * CPU_WORKER_GB
+    if available < needed:
+        raise ValueError(
+            f"{available:.1f} GB of memory are available, a run with {workers} worker(s) on a CPU takes about "
+            f"{needed:.0f} GB (Ray, vLLM, trainer). Close other programs, or use a machine with more memory."
+        )
+    return Finding(what="memory", detail=f"{available:.0f} GB available, about {needed:.0f} GB needed")
+
+
+def check_files(specs: Sequence[RunSpec]) -> list[Finding]:
+    """Data and model of every run that brings its own; builtin ones are checked by their builders."""
+    findings = {}
+    for spec in specs:
+        findings[f"model {spec.model.path}"] = _check_model(spec)
+        findings[f"task {spec.task_name}"] = _check_task(spec)
+    return [Finding(what=what, detail=detail) for what, detail in findings.items()]
+
+
+def _check_model(spec: RunSpec) -> str:
+    if spec.model.path == "tiny":
+        from data_prep.tiny_model import TinyModelOptions
+
+        options_from(TinyModelOptions, spec.model.options, "model.options")
+        return "built here"
+    if not Path(spec.model.path).is_absolute():
+        return "from the Hugging Face Hub or its cache"
+    check_model(Path(spec.model.path))
+    return "folder is complete, vocabulary fits its tokenizer"
+
+
+def _check_task(spec: RunSpec) -> str:
+    if spec.task.builtin is not None:
+        palindrome_options(spec.task.options)
+        return "built here"
+    folder = Path(spec.model.path) if Path(spec.model.path).is_absolute() else None
+    check_task(Path(spec.task.train or ""), Path(spec.task.val or ""), folder, spec.train.max_prompt_tokens)
+    check_reward(spec)
+    return "parquet files have verl's schema, the reward function is there"
+
+
+def check_reward(spec: RunSpec) -> None:
+    """The user's reward function can be imported from the recipe's folder. Raises ValueError."""
+    module, _, function = (spec.task.reward or "").partition(":")
+    sys.path.insert(0, spec.root)
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        raise ValueError(
+            f"tasks.{spec.task_name}.reward: cannot import {module!r} ({error}). It is looked for in the recipe's "
+            f"folder ({spec.root}) and among installed packages."
+        ) from error
+    finally:
+        sys.path.remove(spec.root)
+    if not callable(found):
+        raise ValueError(f"tasks.{spec.task_name}.reward: {module!r} has no function {function!r}.")
