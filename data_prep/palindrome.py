@@ -186,5 +186,10 @@ def _file_card(path: Path, split: Split, seed: int) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     print(run_builder(PalindromeOptions, "Reasoning-gym's palindrome task as parquet files for verl.", build))
+
+
+if __name__ == "__main__":
+    main()

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils import logging
 
 from data_prep.cache import Progress, cached_folder, option, print_progress, run_builder
 from klreg_verl.experiment.strict import FieldError
@@ -61,7 +62,7 @@ class TinyModelOptions:
     heads: int = option(4, "number of attention heads")
     steps: int = option(140, "optimizer steps")
     batch_size: int = option(96, "examples in a step")
-    learning_rate: float = option(2e-3, "peak of the one-cycle schedule of AdamW")
+    learning_rate: float = option(2e-3, "peak of the learning rate of AdamW")
     seed: int = option(1, "seed of weights and examples")
     measured_prompts: int = option(256, "new prompts on which the finished model is measured, 8 samples each")
 
@@ -152,8 +153,9 @@ def build(options: TinyModelOptions, folder: Path, progress: Progress = print_pr
         train(model, layout, options, progress)
         cpu_seconds = time.process_time() - cpu_start
         measured = measure(model, layout, options)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with _without_bars():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     (folder / "card.json").write_text(json.dumps(_card(model, measured, options), indent=2) + "\n")
     progress(
         options.steps,
@@ -225,12 +227,10 @@ def render_answers(letters: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def train(model: Qwen2ForCausalLM, layout: Layout, options: TinyModelOptions, progress: Progress) -> None:
-    """Cross-entropy of the answers [nats per token], AdamW, one-cycle learning rate, gradient norm at most 1."""
+    """Cross-entropy of the answers [nats per token], AdamW, gradient norm at most 1."""
     rng = np.random.default_rng(options.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.learning_rate, total_steps=max(options.steps, 10), pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, options.steps))
     model.train()
     for step in range(1, options.steps + 1):
         loss = answer_loss(model, *draw_batch(rng, layout, options))
@@ -242,6 +242,14 @@ def train(model: Qwen2ForCausalLM, layout: Layout, options: TinyModelOptions, pr
         if step % math.ceil(options.steps / 10) == 0:
             progress(step, options.steps, f"loss {loss.item():.3f} nats per answer token")
     model.eval()
+
+
+def learning_rate_factor(step: int, num_steps: int) -> float:
+    """Share of the peak rate at `step` = 0, 1, ...: a linear warm-up over the first tenth, then a cosine to 0."""
+    warmup = max(num_steps // 10, 1)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(num_steps - warmup, 1))
 
 
 def answer_loss(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
@@ -310,6 +318,18 @@ def _deterministic(options: TinyModelOptions) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps transformers' own progress bars off the terminal, where the caller shows one of its own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _card(model: Qwen2ForCausalLM, measured: Measurement, options: TinyModelOptions) -> dict[str, Any]:
     return {
         "what": "tiny Qwen2 supervised on reasoning-gym's palindromes, prompt: the bare letters",
@@ -321,5 +341,10 @@ def _card(model: Qwen2ForCausalLM, measured: Measurement, options: TinyModelOpti
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     print(run_builder(TinyModelOptions, "A tiny starting model for palindromes, trained on this CPU.", build))
+
+
+if __name__ == "__main__":
+    main()

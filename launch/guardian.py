@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import secrets
 import select
 import shutil
@@ -33,6 +34,7 @@ PR_SET_CHILD_SUBREAPER = 36
 GRACE_SECONDS = 3.0
 START_SECONDS = 90.0
 POLL_SECONDS = 0.1
+SEGMENT_SECONDS = 5.0
 RAY_SLOTS = 16
 """Ray's CPUs are slots here: each TransferQueue actor takes one, and with too few a run waits for ever."""
 
@@ -78,10 +80,13 @@ def remove_unused(segments: set[str]) -> None:
 
 def _mapped(pid: int) -> set[str]:
     try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        maps = Path(f"/proc/{pid}/maps").read_bytes()
     except OSError:  # gone, or another user's
         return set()
-    return {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
+    return {match.decode() for match in _SEGMENT.findall(maps)}
+
+
+_SEGMENT = re.compile(rb"(/dev/shm/\S+)$", re.MULTILINE)  # an unlinked one is followed by " (deleted)"
 
 
 class Guardian:
@@ -93,6 +98,7 @@ class Guardian:
         self.gpus, self.object_store_bytes = gpus, object_store_bytes
         self.driver: subprocess.Popen[bytes] | None = None
         self.lasting: set[int] = set()
+        self.segments: set[str] = set()
 
     def start_ray(self) -> str:
         """Start the head; returns its address.
@@ -127,6 +133,10 @@ class Guardian:
             self.sweep()
         return code
 
+    def note_segments(self) -> None:
+        """Remember the shared memory in use: vLLM's engine leaves its own behind when its actor is killed."""
+        self.segments |= shared_memory(descendants())
+
     def sweep(self) -> None:
         """End what the last run left behind: the raylet ends its job's actors, orphans become our children."""
         deadline = time.monotonic() + 2 * GRACE_SECONDS
@@ -135,11 +145,13 @@ class Guardian:
         orphans = [process for process in psutil.Process().children() if process.pid not in self.lasting]
         trees = [below for orphan in orphans for below in (orphan, *_below(orphan))]
         end([*trees, *_actors(descendants())])
+        remove_unused(self.segments)
 
     def close(self) -> None:
         """End everything."""
         while remaining := descendants():
             end(remaining)
+        remove_unused(self.segments)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -197,9 +209,12 @@ def say(**message: Any) -> None:
 
 def serve(guardian: Guardian) -> None:
     """Carry out messages until standard input closes."""
-    buffer = b""
+    buffer, looked = b"", 0.0
     while True:
         readable, _, _ = select.select([0], [], [], POLL_SECONDS)
+        if time.monotonic() - looked > SEGMENT_SECONDS:
+            guardian.note_segments()
+            looked = time.monotonic()
         if readable:
             chunk = os.read(0, 65536)
             if not chunk:

@@ -9,7 +9,7 @@ import pytest
 import reasoning_gym
 
 from data_prep.cache import options_from
-from data_prep.palindrome import DATA_SOURCE, SEED_GAP, PalindromeOptions, build, cache, num_palindromes
+from data_prep.palindrome import DATA_SOURCE, SEED_GAP, PalindromeOptions, build, cache, main, num_palindromes
 from data_prep.rewards import GRADERS, compute_score
 from data_prep.schema import check_file
 
@@ -73,7 +73,7 @@ def test_no_two_items_share_their_letters_within_or_across_splits(folder):
 
 
 def test_splits_are_disjoint_where_few_letter_sets_exist(tmp_path):
-    # lengths 4 to 5 with a sure collision: 300 items drawn over 325 sets of four letters and more of five
+    # of length 4 only C(26, 2) = 325 letter sets have two right answers, and about 200 of 400 draws are of length 4
     build(PalindromeOptions(train_size=300, test_size=100, min_length=4, max_length=5), tmp_path, quiet)
     sets = [
         {"".join(sorted(row["prompt"][0]["content"])) for row in check_file(tmp_path / f"{name}.parquet").to_pylist()}
@@ -175,3 +175,30 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_the_folder(tmp_path):
 def test_bad_options_are_refused_with_their_place(options, text):
     with pytest.raises(ValueError, match=text):
         options_from(PalindromeOptions, options, "tasks.p.options")
+
+
+def run_main(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["palindrome", *arguments])
+    main()
+
+
+def test_the_command_line_makes_the_same_files_as_the_function(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "made"
+    run_main(monkeypatch, "--out", str(out), "--train-size", "60", "--test-size", "20")
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    assert (out / "train.parquet").read_bytes() == (folder / "train.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--train-size", "0"], "train_size: 0 is below 1"),
+        (["--train-size", "many"], "argument --train-size: invalid int value: 'many'"),
+        ([], "exists already and would be overwritten"),
+    ],
+)
+def test_the_command_line_refuses_with_a_message_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, text):
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch, "--out", str(tmp_path), *arguments)
+    assert stop.value.code == 2
+    assert text in capsys.readouterr().err

@@ -244,13 +244,25 @@ def test_a_grid_given_on_the_command_line_replaces_the_default_value(load: Load)
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("estimator: k1", "estimater: k1", "study.yaml:12: arms.reverse.kl.estimater: unknown key 'estimater'. Did you"),
+        (
+            "estimator: k1",
+            "estimater: k1",
+            "study.yaml:12: arms.reverse.kl.estimater: unknown key 'estimater'. Did you",
+        ),
         ("estimator: k1", "estimator: k4", "study.yaml:12: arms.reverse.kl.estimator: 'k4' is not one of k1, k2, k3."),
         ("beta: 0.1", "beta: -0.1", "study.yaml:5: kl.beta: -0.1 is negative: it would reward leaving the reference."),
         ("beta: 0.1", "beta: true", "study.yaml:5: kl.beta: expected a number, got true. (Concerns: reverse.)"),
-        ("kl: {beta: 0.1}\n", "", "arms.reverse.kl.beta: missing. `placement: reward` needs estimator, follows and beta."),
+        (
+            "kl: {beta: 0.1}\n",
+            "",
+            "arms.reverse.kl.beta: missing. `placement: reward` needs estimator, follows and beta.",
+        ),
         ("placement: none}", "placement: none, beta: 0.1}", "study.yaml:8: arms.none.kl.beta: 0.1 has no effect with"),
-        ("      placement: reward\n", "", "study.yaml:11: arms.reverse.kl.estimator: 'k1' has no effect with placement"),
+        (
+            "      placement: reward\n",
+            "",
+            "study.yaml:11: arms.reverse.kl.estimator: 'k1' has no effect with placement",
+        ),
         ("follows: reverse", "follows: backward", "'backward' is not one of reverse, forward, none."),
         ("  none:\n", "  reverse:\n", "study.yaml:9: arms.reverse: written twice (first in line 7). Keep one of them."),
         ("  none:\n", "  no/ne:\n", "the name 'no/ne' becomes a folder. Use letters, digits, _ and -."),
@@ -266,9 +278,17 @@ def test_a_grid_given_on_the_command_line_replaces_the_default_value(load: Load)
         ("seeds: [1, 2]", "sedes: [1, 2]", "study.yaml:4: sedes: unknown key 'sedes'. Did you mean 'seeds'?"),
         ("seeds: [1, 2]", "seeds: [1]\nbeta: 3", "unknown key 'beta'. Did you mean 'kl.beta'?"),
         ("question: Does it?", "question: 3", "question: expected text, got 3. Put it in quotes."),
-        ("builtin: palindrome", "builtin: palindrom", "'palindrom' is not one of palindrome. Did you mean 'palindrome'?"),
+        (
+            "builtin: palindrome",
+            "builtin: palindrom",
+            "'palindrom' is not one of palindrome. Did you mean 'palindrome'?",
+        ),
         ("builtin: palindrome", "builtin: palindrome, train: x", "has no effect beside `builtin: palindrome`."),
-        ("builtin: palindrome", "train: x, val: y", "tasks.palindrome.reward: missing. A task is `builtin: palindrome`"),
+        (
+            "builtin: palindrome",
+            "train: x, val: y",
+            "tasks.palindrome.reward: missing. A task is `builtin: palindrome`",
+        ),
         ("builtin: palindrome", "train: x, val: y, reward: r", "'r' is not of the form pkg.module:function."),
         (
             "builtin: palindrome",
@@ -290,7 +310,8 @@ def test_a_mistake_is_refused_with_its_place(load: Load, old: str, new: str, mes
         ("resources: {gpus_per_node: 3}", "16 prompts x 8 responses cannot be shared equally by 3 workers."),
         (
             # 2 x 2 = 4 responses in 2 updates = 2 per update, for 4 workers
-            "train: {prompts_per_step: 2, responses_per_prompt: 2, updates_per_batch: 2}\nresources: {gpus_per_node: 4}",
+            "train: {prompts_per_step: 2, responses_per_prompt: 2, updates_per_batch: 2}\n"
+            "resources: {gpus_per_node: 4}",
             "train.updates_per_batch: 2 prompts x 2 responses in 2 updates are 2 responses per update, which 4 workers",
         ),
         # 16 x 8 = 128 responses, 2 updates, 2 workers: 32 each

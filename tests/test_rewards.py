@@ -28,7 +28,9 @@ def test_a_wrong_word_has_the_form_but_no_score(response):
     assert result["pred"] == response
 
 
-@pytest.mark.parametrize("response", ["", " ", "a b b a", "abba.", '"abba"', r"\boxed{abba}", "1221", "the answer is abba"])
+@pytest.mark.parametrize(
+    "response", ["", " ", "a b b a", "abba.", '"abba"', r"\boxed{abba}", "1221", "the answer is abba"]
+)
 def test_another_form_scores_nothing(response):
     assert (grade(response)["score"], grade(response)["format_ok"]) == (0.0, 0.0)
 

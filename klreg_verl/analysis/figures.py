@@ -23,7 +23,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import Formatter, MaxNLocator
 
 from klreg_verl.analysis import stats
 from klreg_verl.analysis.runs import Run, load
@@ -264,16 +264,18 @@ class _End:
     color: str
 
 
-class _Plain(ScalarFormatter):
-    """Tick labels with equal decimals, and small ones as 2e-06 each, never with a power of ten above the axis."""
-
-    def set_locs(self, locs: Any) -> None:
-        super().set_locs(locs)
-        self.orderOfMagnitude = 0
+class _Plain(Formatter):
+    """Tick labels with the fewest equal decimals that tell them apart; 2e-06 where all are below 0.001."""
 
     def __call__(self, value: float, position: int | None = None) -> str:
-        is_small = 0 < max((abs(tick) for tick in self.locs), default=1.0) < 1e-3
-        return f"{value:.3g}".replace("-", "\N{MINUS SIGN}") if is_small else super().__call__(value, position)
+        return self.format_ticks([value])[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        largest = max((abs(value) for value in values), default=1.0)
+        if 0 < largest < 1e-3:
+            return [f"{value:.3g}".replace("-", "\N{MINUS SIGN}", int(value < 0)) for value in values]
+        exact = [places for places in range(6) if all(abs(round(v, places) - v) < 1e-6 * largest for v in values)]
+        return [stats.number(value, min(exact, default=6)) for value in values]
 
 
 def _start(block: list[int], wanted: Sequence[float], gap: float, low: float, high: float) -> float:
@@ -288,7 +290,7 @@ def _end(block: list[int], wanted: Sequence[float], gap: float, low: float, high
     return _start(block, wanted, gap, low, high) + len(block) * gap - 1e-9
 
 
-def _style() -> dict[str, Any]:
+def _style() -> dict[Any, Any]:
     return {
         "font.family": "DejaVu Sans",
         "font.size": 8.5,
@@ -362,7 +364,7 @@ def _frame(axes: Axes, title: str, unit: str, theme: Theme) -> None:
     axes.tick_params(colors=theme.muted, length=0, pad=4, labelsize=8)
     axes.tick_params(axis="x", length=3)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, min_n_ticks=3, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(_Plain(useOffset=False))
+    axes.yaxis.set_major_formatter(_Plain())
 
 
 def _widen(axes: Axes) -> None:

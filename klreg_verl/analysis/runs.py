@@ -16,6 +16,7 @@ import re
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Run:
         steps = mapping(self.spec.get("train")).get("steps")
         return steps if isinstance(steps, int) else None
 
-    @property
+    @cached_property
     def training(self) -> pd.DataFrame:
         """The rows of training steps (1, 2, ...)."""
         return self.metrics[self.metrics.index >= 1]

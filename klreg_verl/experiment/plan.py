@@ -87,11 +87,10 @@ class RunSpec:
     def differs(self, other: RunSpec) -> list[str]:
         """`dotted.key: a != b` for all content that differs, mine first; empty exactly when the hashes are equal."""
         mine, theirs = (dict(_flat(spec._content())) for spec in (self, other))
-        keys = list(dict.fromkeys([*mine, *theirs]))
         return [
             f"{key}: {_show(mine, key)} != {_show(theirs, key)}"
-            for key in keys
-            if _canonical(mine, key) != _canonical(theirs, key)
+            for key in dict.fromkeys([*mine, *theirs])
+            if _canonical(mine, key) != _canonical(theirs, key) and not _has_below(mine, theirs, key)
         ]
 
     def _content(self) -> dict[str, Any]:
@@ -173,6 +172,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _canonical(values: Mapping[str, Any], key: str) -> str:
     return json.dumps(values[key], sort_keys=True) if key in values else "absent"
+
+
+def _has_below(mine: Mapping[str, Any], theirs: Mapping[str, Any], key: str) -> bool:
+    """Whether the key is an empty mapping on one side, and its keys on the other side tell the difference better."""
+    return any(other.startswith(f"{key}.") for other in (*mine, *theirs))
 
 
 def _show(values: Mapping[str, Any], key: str) -> str:

@@ -361,6 +361,7 @@ class _Composer:
         self.path = path
         self.tree = tree
         self.children = tree.mapping()
+        self.sections = tree.with_value({key: node for key, node in self.children.items() if key in SECTIONS})
         self.checked_files = checked_files
         self.problems: dict[str, list[str]] = {}
         self.used: set[int] = set()
@@ -404,6 +405,7 @@ class _Composer:
                 problems.append(self.tree.problem("missing. It has no default and must be written.", below=key))
         if problems:
             raise ConfigError(problems)
+        self.check_sections([self.sections])
 
     def named(self, key: str) -> dict[str, Node]:
         """Arms or tasks by name. The names become folders."""
@@ -473,7 +475,7 @@ class _Composer:
 
     def settings_of(self, task: Node, arm: Node) -> Node:
         """The recipe's sections, under the task's settings, under the arm."""
-        merged = self.tree.with_value({key: node for key, node in self.children.items() if key in SECTIONS})
+        merged = self.sections
         settings = task.mapping().get("settings")
         if settings is not None:
             self.check_sections([settings])
@@ -511,14 +513,13 @@ class _Composer:
     ) -> None:
         """Refuses what reaches no run: of the recipe itself (a shared base may say more), or of the overrides."""
         settings = [task.mapping()["settings"] for task in tasks.values() if "settings" in task.mapping()]
-        sections = [node for key, node in self.children.items() if key in SECTIONS]
         points = [node for nodes in grid.values() for node in nodes]
         problems = [
             leaf.problem(
                 f"{strict.show(leaf.value)} has no effect on any run: whatever is merged over it (a task's settings, "
                 "the arms, the grid) says it again, or no arm reads it. Remove it, or say it there."
             )
-            for node in (*sections, *settings, *(arm for arm in arms.values() if arm.value is not None), *points)
+            for node in (self.sections, *settings, *(arm for arm in arms.values() if arm.value is not None), *points)
             for leaf in strict.leaves(node)
             if id(leaf) not in self.used and leaf.file in self.checked_files
         ]

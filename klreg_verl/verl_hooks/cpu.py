@@ -26,6 +26,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "2",
     # vLLM pins OpenMP threads to cores by NUMA node; two replicas would share one core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # vLLM compiles its sampler at the first batch: 10 to 18 s and a C++ compiler, for a model that needs neither.
+    "TORCH_COMPILE_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     # TransferQueue starts 8 threads per put and warns about it once per sample: 9 of 10 lines of the log.

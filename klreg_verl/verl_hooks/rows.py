@@ -81,4 +81,9 @@ def fetch(batch: KVBatchMeta) -> Rows:
 def _objects(data: Any, name: str, count: int) -> list[Any]:
     """A non-tensor column as a list; None where verl stored none (a user's parquet may lack it)."""
     column = data.get(name, None)
-    return [None] * count if column is None else list(column.tolist())
+    return [None] * count if column is None else as_list(column)
+
+
+def as_list(column: Any) -> list[Any]:
+    """A non-tensor column; TransferQueue hands out arrays, NonTensorStacks or lists of its own."""
+    return list(column.tolist() if hasattr(column, "tolist") else column)

@@ -18,7 +18,6 @@ import os
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
@@ -151,7 +150,7 @@ def charge_kl(batch: KVBatchMeta, kl: KLSpec, beta: float) -> KVBatchMeta:
         torch.nested.to_padded_tensor(data[name], 0.0)
         for name in (names.OLD_LOGPROBS, names.REF_LOGPROBS, names.ADVANTAGES, names.RESPONSE_MASK)
     )
-    groups = group_ids(np.asarray(data[names.GROUP].tolist(), dtype=object))
+    groups = group_ids(rows.as_list(data[names.GROUP]))
     penalty = penalties.reward_penalty(kl.estimator, old, ref, mask.bool(), groups)
     advantages = response_to_nested(penalties.penalized_advantages(task, penalty, beta=beta) * mask, nested_mask)
     stored = TensorDict({names.ADVANTAGES: advantages, names.RETURNS: advantages}, batch_size=len(batch))

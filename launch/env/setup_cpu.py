@@ -59,8 +59,8 @@ def python_problem(version: Sequence[int], executable: str) -> str | None:
     reason = "verl 0.9.1 needs Python < 3.13, and " if tuple(version[:2]) >= (3, 13) else ""
     return (
         f"Python {found} was found ({executable}), but {reason}launch/env/cpu.lock is pinned for Python 3.11. "
-        "Install Python 3.11 (`apt install python3.11 python3.11-venv`, `uv python install 3.11` or `pyenv install 3.11`) "
-        "and run `make setup PYTHON=/path/to/python3.11`."
+        "Install Python 3.11 (`apt install python3.11 python3.11-venv`, `uv python install 3.11` or "
+        "`pyenv install 3.11`) and run `make setup PYTHON=/path/to/python3.11`."
     )
 
 
@@ -79,8 +79,8 @@ def memory_problem(total_bytes: int) -> str | None:
     if total_bytes >= MIN_MEMORY_GIB * GIB:
         return None
     return (
-        f"This machine (or its container) has {total_bytes / GIB:.1f} GiB of memory, but trainer, reference and vLLM together "
-        f"need {MIN_MEMORY_GIB} GiB. Use a larger machine or raise the container's limit; {LIGHT_WAY} here."
+        f"This machine (or its container) has {total_bytes / GIB:.1f} GiB of memory, but trainer, reference and vLLM "
+        f"together need {MIN_MEMORY_GIB} GiB. Use a larger machine or raise the container's limit; {LIGHT_WAY} here."
     )
 
 
@@ -89,8 +89,8 @@ def disk_problem(free_bytes: int, folder: Path) -> str | None:
     if free_bytes >= MIN_DISK_GIB * GIB:
         return None
     return (
-        f"{folder} has {free_bytes / GIB:.1f} GiB of free disk, but environment, downloads and runs need {MIN_DISK_GIB} GiB. "
-        "Free some, or clone the project onto a larger disk."
+        f"{folder} has {free_bytes / GIB:.1f} GiB of free disk, but environment, downloads and runs "
+        f"need {MIN_DISK_GIB} GiB. Free some, or clone the project onto a larger disk."
     )
 
 
@@ -99,8 +99,8 @@ def modules_problem(missing: Sequence[str]) -> str | None:
     if not missing:
         return None
     return (
-        f"This Python has no module {' and no module '.join(missing)}, so it cannot make an environment with pip in it. "
-        "On Debian and Ubuntu: `apt install python3.11-venv`; otherwise use a Python from python.org, uv or pyenv."
+        f"This Python has no module {' and no module '.join(missing)}, so it cannot make an environment with pip "
+        "in it. On Debian and Ubuntu: `apt install python3.11-venv`; else use a Python from python.org, uv or pyenv."
     )
 
 
@@ -115,8 +115,12 @@ def memory_bytes(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys
 def machine_problems(root: Path) -> list[str]:
     """Everything that stands against a set-up here; empty if nothing does."""
     missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
-    problems = [python_problem(sys.version_info, sys.executable), platform_problem(platform.system(), platform.machine())]
-    problems += [disk_problem(shutil.disk_usage(root).free, root), modules_problem(missing)]
+    problems = [
+        python_problem(sys.version_info[:3], sys.executable),
+        platform_problem(platform.system(), platform.machine()),
+        disk_problem(shutil.disk_usage(root).free, root),
+        modules_problem(missing),
+    ]
     if platform.system() == "Linux":
         problems.append(memory_problem(memory_bytes()))
     return [problem for problem in problems if problem is not None]
@@ -138,8 +142,8 @@ def torch_requirement(lock_text: str) -> str:
 
 def fingerprint(root: Path) -> dict[str, str]:
     """What an environment was made from; a moved clone does not fit, since its scripts name the old folder."""
-    hashes = {str(name): hashlib.sha256((root / name).read_bytes()).hexdigest() for name in (LOCK, Path("pyproject.toml"))}
-    return {"root": str(root), **hashes}
+    files = (str(LOCK), "pyproject.toml")
+    return {"root": str(root)} | {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in files}
 
 
 def read_stamp(venv: Path) -> dict[str, str]:
@@ -172,14 +176,16 @@ def work_left(venv: Path, root: Path) -> str:
 def refuse_foreign(venv: Path) -> None:
     """An environment that somebody else made is not ours to delete."""
     if venv.exists() and any(venv.iterdir()) and not (venv / STAMP).exists():
-        raise SetupError(f"{venv} exists and was not made by this set-up. Move it away or delete it, then run `make setup` again.")
+        raise SetupError(
+            f"{venv} exists and was not made by this set-up. Move it away or delete it, then run `make setup` again."
+        )
 
 
 # Where torch comes from
 
 
 def index_answers(url: str, seconds: float = PROBE_SECONDS) -> bool:
-    """Whether the package index answers within `seconds`, name resolution (which has no time limit of its own) included."""
+    """Whether the package index answers within `seconds`; name resolution, which has no limit of its own, included."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -263,14 +269,15 @@ def install_torch(installer: Installer, requirement: str, url: str) -> None:
 
 
 def check_torch(installer: Installer) -> None:
-    """torch must import; a CUDA build that happens to import is worth a warning only."""
+    """torch must import (which needs the rest of the lock); a CUDA build that does is worth a warning only."""
     say_cuda = "import torch; print('cuda build:', torch.version.cuda)"
     try:
         installer.run(["-c", say_cuda], "import torch")
     except SetupError as error:
         raise SetupError(
-            f"{error}\nA torch built for CUDA does not import without its CUDA packages. Make {TORCH_CPU_INDEX} reachable "
-            "(HTTPS_PROXY), or give pip a source that has the CPU build (PIP_FIND_LINKS=folder), then run `make setup` again."
+            f"{error}\nA torch built for CUDA does not import without its CUDA packages. Make {TORCH_CPU_INDEX} "
+            "reachable (HTTPS_PROXY), or give pip a source that has the CPU build (PIP_FIND_LINKS=folder), "
+            "then run `make setup` again."
         ) from error
     if not installer.log.read_text().rstrip().endswith("cuda build: None"):
         say("warning: this torch is a CUDA build. It works on a CPU too, but is larger than it need be.")
@@ -286,9 +293,9 @@ def install_everything(venv: Path, root: Path, url: str) -> None:
     make_venv(venv)
     installer = Installer(venv)
     install_torch(installer, torch_requirement(lock_text), url)
-    check_torch(installer)
     say(f"{len(requirements(lock_text)) - 1} more packages from {LOCK} (pip's output: {installer.log})")
     installer.pip(["--requirement", str(root / LOCK)], f"Installing {LOCK}")
+    check_torch(installer)
     install_project(installer, root)
     say("checking that the stack imports")
     installer.run(["-c", "import ray, transformers, verl, vllm.entrypoints.openai.api_server"], "Importing the stack")
@@ -336,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: ready. 1: the machine or a source stands against it, and the terminal says what."""
     parser = argparse.ArgumentParser(description="Make .venv for the CPU from launch/env/cpu.lock.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where (default: .venv in the clone)")
-    parser.add_argument("--torch-index", default=TORCH_CPU_INDEX, help="index that has torch's CPU build (default: %(default)s)")
+    parser.add_argument("--torch-index", default=TORCH_CPU_INDEX, help="index of torch's CPU build (%(default)s)")
     given = parser.parse_args(arguments)
     try:
         with one_at_a_time(ROOT):

@@ -1,0 +1,36 @@
+# make setup   .venv for the CPU from launch/env/cpu.lock (idempotent)
+# make study   set-up and the quick study, end to end, to a report
+# make test    set-up and all tests          make lint    ruff, and mypy on core and experiment
+# make bench   side-by-side measurements     make clean   .venv and caches; never runs/
+#
+# PYTHON=/path/to/python3.11 chooses the Python that .venv is made with.
+# TESTS="tests/test_kl.py -k k3" narrows `make test`.
+
+.PHONY: setup study test lint bench clean
+.NOTPARALLEL:
+
+PYTHON ?= $(shell python3.11 -c '' >/dev/null 2>&1 && echo python3.11 || echo python3)
+BIN := .venv/bin
+TESTS ?= tests
+# pyproject.toml limits every test; this is for all of them together, in seconds.
+TEST_SECONDS ?= 2400
+
+setup:
+	@$(PYTHON) launch/env/setup_cpu.py
+
+study: setup
+	@$(BIN)/klreg run recipes/quickstart.yaml
+
+test: setup
+	@$(BIN)/python -m pytest $(TESTS) --ignore=tests/bench --session-timeout=$(TEST_SECONDS)
+
+lint: setup
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m mypy
+
+bench: setup
+	@$(BIN)/python -m pytest tests/bench -q -s --timeout=3600
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

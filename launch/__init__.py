@@ -1,0 +1,1 @@
+"""Launching: environments (launch/env) and the runners that turn a plan into processes."""

@@ -1,0 +1,34 @@
+"""The real stack: Ray, vLLM, FSDP, a frozen reference, on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from stack import Lab
+
+MISSING = [name for name in ("verl", "vllm", "ray") if importlib.util.find_spec(name) is None]
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Mark everything here, and skip it with the reason where the stack is not installed."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+            if MISSING:
+                item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(MISSING)} (make setup)"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and tiny model, built once for all tests (or kept between runs of the suite in KLREG_TEST_CACHE)."""
+    kept = os.environ.get("KLREG_TEST_CACHE")
+    return Path(kept) if kept else tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def lab(tmp_path: Path, cache: Path) -> Lab:
+    return Lab(tmp_path / "runs", cache)

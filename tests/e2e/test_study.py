@@ -1,0 +1,159 @@
+"""The study end to end, as a user runs it. Steps are few; what is checked is exact."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from stack import ROOT, Lab, finish, metrics, remains, stack_processes
+
+pytestmark = pytest.mark.timeout(900)
+
+QUICK = ROOT / "recipes" / "quickstart.yaml"
+SMALL = ["train.steps=2", "train.prompts_per_step=8", "train.responses_per_prompt=4", "train.warmup_steps=0"]
+LEAN = ["eval.before=false", "eval.every=0", "save.every=1"]
+
+
+def test_three_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(lab: Lab):
+    before = stack_processes()
+    output = lab.klreg("run", QUICK, *SMALL, "save.every=1")
+    folders = {arm: lab.folder("quickstart", arm) for arm in ("none", "reverse", "forward")}
+    lines = {arm: metrics(folder) for arm, folder in folders.items()}
+
+    assert [line["step"] for line in lines["none"]] == [0, 1, 2]
+    assert 0 < lines["none"][0]["eval/palindrome/accuracy"] < 1
+    first = {arm: line[1] for arm, line in lines.items()}
+    for key in ("train/accuracy", "entropy/token", "response/length", "diversity/unique_valid"):
+        assert first["none"][key] == pytest.approx(first["reverse"][key], abs=1e-6)
+        assert first["none"][key] == pytest.approx(first["forward"][key], abs=1e-6)
+    tokens = {arm: samples(folder, 1)["token_ids"].map(tuple).tolist() for arm, folder in folders.items()}
+    assert tokens["none"] == tokens["reverse"] == tokens["forward"]
+    assert len(set(tokens["none"])) > 16  # 32 responses: every request has a seed of its own
+
+    for arm, line in lines.items():
+        assert line[1]["kl_ref/k1_response"] == pytest.approx(0.0, abs=1e-4)  # step 1 is the starting policy
+        assert line[2]["kl_ref/k3_token"] > 1e-7  # step 2 is not, in every arm
+        assert abs(line[1]["kl_rollout/k1_token"]) < 1e-3  # vLLM and trainer agree
+        assert line[1]["kl/beta"] == (0.0 if arm == "none" else 0.1)
+    assert "[klreg] KL placement=loss estimator=k3 follows=forward beta=0.1" in log(folders["forward"])
+    for folder in folders.values():
+        assert json.loads((folder / "state.json").read_text())["status"] == "done"
+        assert json.loads((folder / "provenance.json").read_text())["versions"]["verl"] == "0.9.1"
+        assert list((folder / "tensorboard").rglob("events.*"))
+    assert (lab.runs / "quickstart" / "report.html").stat().st_size > 50_000
+    assert "report:" in output
+    assert not remains(before)
+
+    started = time.monotonic()
+    again = lab.klreg("run", QUICK, *SMALL, "save.every=1")  # nothing is left to do
+    assert "starting" not in again
+    assert time.monotonic() - started < 60
+
+
+def test_a_killed_run_resumes_and_repeats_what_was_not_saved(lab: Lab):
+    overrides = [*SMALL, *LEAN, "train.steps=4", "save.every=2"]
+    before = stack_processes()
+    process = lab.start("run", QUICK, *overrides, "--arm", "reverse")
+    folder = lab.folder("quickstart", "reverse")
+    wait_for_step(folder, 3, process)
+    driver = next(pid for pid, text in stack_processes().items() if pid not in before and "verl_hooks.main" in text)
+    os.kill(driver, signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "SIGKILL" in output
+    assert not remains(before)
+    lost = samples(folder, 3)["token_ids"].map(tuple).tolist()
+
+    lab.klreg("run", QUICK, *overrides, "--arm", "reverse")
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
+    discarded = [json.loads(line)["step"] for line in (folder / "attempts/2/discarded.jsonl").read_text().splitlines()]
+    assert discarded[0] == 3
+    assert samples(folder, 3)["token_ids"].map(tuple).tolist() == lost  # same data, same seeds, same weights
+    assert sorted(p.name for p in (folder / "checkpoints").glob("global_step_*")) == ["global_step_2", "global_step_4"]
+    assert not remains(before)
+
+
+def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(lab: Lab, tmp_path: Path):
+    """A user's own project on two FSDP workers, while verl's own main runs with our hooks next to it."""
+    project = users_project(tmp_path / "project", lab)
+    before = stack_processes()
+    own = lab.start("run", "vowels.yaml", cwd=project)
+    script = lab.klreg("plan", QUICK, *SMALL, *LEAN, "train.steps=1", "--as-verl", "forward")
+    plain = plain_verl(script, tmp_path / "plain", lab)
+
+    finish(own, timeout=600)
+    lines = metrics(lab.folder("vowels", "forward", "vowels", 3))
+    assert [line["step"] for line in lines] == [1, 2]
+    assert 0 < lines[0]["train/score"] < 1
+    assert "diversity/coverage" not in lines[0] or lines[0]["diversity/coverage"] is None
+    shards = list((lab.folder("vowels", "forward", "vowels", 3) / "checkpoints/global_step_2/actor").glob("model*_rank_1.pt"))
+    assert len(shards) == 1  # the model really was sharded over two workers
+
+    output = finish(plain, timeout=600)
+    assert "[klreg] KL placement=loss estimator=k3 follows=forward beta=0.1" in output
+    assert "kl_ref/k1_response:" in output
+    wait_until_gone(before)
+
+
+def users_project(folder: Path, lab: Lab) -> Path:
+    """Copy the fixture project out of the repository and give it parquet files of its own."""
+    folder.mkdir()
+    for name in ("my_rewards.py", "vowels.yaml"):
+        (folder / name).write_text((Path(__file__).parent / "project" / name).read_text())
+    from data_prep import palindrome
+
+    built = palindrome.cache(palindrome.PalindromeOptions(train_size=64, test_size=8), lab.cache, lambda *_: None)
+    for split, name in (("train", "train"), ("test", "val")):
+        table = pd.read_parquet(built / f"{split}.parquet")
+        table["data_source"] = "vowels"
+        keep = table[["data_source", "prompt", "ability", "reward_model", "extra_info"]]
+        keep = keep.assign(extra_info=[{"index": int(info["index"])} for info in keep["extra_info"]])
+        keep.to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+def plain_verl(script: str, folder: Path, lab: Lab) -> subprocess.Popen[str]:
+    """The stock command that `klreg plan --as-verl` prints, in a shell, on a Ray of its own."""
+    folder.mkdir()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = lab.environment | {"PATH": path, "RAY_AUTH_MODE": "disabled"}
+    return subprocess.Popen(
+        ["bash", "-euc", script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def samples(folder: Path, step: int) -> pd.DataFrame:
+    return pd.read_parquet(folder / "samples" / f"step_{step:06d}.parquet").sort_values(["group", "sample"])
+
+
+def log(folder: Path) -> str:
+    return (folder / "latest" / "log").read_text()
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], timeout: float = 300) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and metrics(folder)[-1]["step"] >= step:
+            return
+        time.sleep(0.2)
+    process.kill()
+    pytest.fail(f"step {step} was not reached:\n{process.communicate()[0][-4000:]}")
+
+
+def wait_until_gone(before: dict[int, str], timeout: float = 30) -> None:
+    deadline = time.monotonic() + timeout
+    while remains(before) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    left = remains(before)
+    for pid in set(stack_processes()) - set(before):
+        psutil.Process(pid).kill()
+    assert not left

@@ -1,0 +1,160 @@
+"""Figures: what is drawn, where labels go, sizes, and that the same runs give the same bytes."""
+
+import re
+import struct
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from run_folders import write_run, write_study
+
+from klreg_verl.analysis import figures
+from klreg_verl.analysis.runs import load
+from klreg_verl.analysis.summary import group_runs
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("runs") / "synthetic", seeds=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def groups(study):
+    return group_runs(load(study))
+
+
+def panel(name):
+    return next(each for each in (*figures.TIME_COURSES, *figures.MISMATCH) if each.name == name)
+
+
+def drawn(groups, name):
+    axes = Figure(figsize=(5, 3)).add_subplot()
+    return figures.time_course(groups, panel(name), axes)
+
+
+def pixels(path):
+    """Width and height from a PNG's header."""
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def test_every_run_is_a_thin_line_of_its_recorded_values(groups):
+    thin = [line for line in drawn(groups, "accuracy").lines if line.get_linewidth() == 0.7]
+    wanted = [run.training["train/accuracy"].to_numpy() for group in groups for run in group.runs]
+    assert len(thin) == len(wanted) == 6
+    for line, values in zip(thin, wanted, strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), values)
+
+
+def test_the_thick_line_is_the_mean_of_the_runs_smoothed(groups):
+    thick = next(line for line in drawn(groups, "accuracy").lines if line.get_linewidth() == 1.9)
+    values = np.mean([run.training["train/accuracy"] for run in groups[0].runs], axis=0)
+    # 40 steps: a window of five, so the first full one is at step 3
+    assert list(thick.get_xdata())[0] == 3 and list(thick.get_xdata())[-1] == 38
+    assert thick.get_ydata()[0] == pytest.approx(values[:5].mean())
+
+
+def test_every_setting_is_named_once_and_axes_carry_units(groups):
+    axes = drawn(groups, "entropy")
+    texts = [text.get_text() for text in axes.texts]
+    assert sorted(texts) == ["Entropy", "forward", "nats per token", "none", "reverse"]
+    assert axes.get_xlabel() == "step"
+
+
+def test_a_failed_run_ends_in_a_cross(tmp_path):
+    write_run(
+        tmp_path, "none", [{"step": 1, "train/accuracy": 0.5}, {"step": 2, "train/accuracy": 0.6}], status="failed"
+    )
+    crosses = [line for line in drawn(group_runs(load(tmp_path)), "accuracy").lines if line.get_marker() == "x"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in crosses] == [(2, 0.6)]
+
+
+def test_dots_of_the_kl_figure_are_means_of_ten_steps(tmp_path):
+    # KL 1 ... 20: means 5.5 and 15.5; accuracy 0.01 a step: 0.055 and 0.155
+    rows = [{"step": s, "kl_ref/k1_response": float(s), "train/accuracy": s / 100} for s in range(1, 21)]
+    write_run(tmp_path, "none", rows)
+    axes = figures.kl_accuracy(group_runs(load(tmp_path)), Figure().add_subplot())
+    (dots,) = [line for line in axes.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(dots.get_xydata(), [[5.5, 0.055], [15.5, 0.155]])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gap", "places"),
+    [
+        ([0.1, 0.9], 0.2, [0.1, 0.9]),
+        ([0.5, 0.5], 0.2, [0.4, 0.6]),  # a block centred on what both want
+        ([0.0, 0.0, 0.0], 0.2, [0.0, 0.2, 0.4]),  # at the lower limit
+        ([1.0, 0.95], 0.2, [1.0, 0.8]),  # order is kept, at the upper limit
+        ([0.5] * 3, 0.8, [0.0, 0.5, 1.0]),  # not all fit: the gap shrinks
+        ([0.4, 0.5, 0.62], 0.1, [0.4, 0.5, 0.62]),
+        ([], 0.1, []),
+    ],
+)
+def test_labels_are_spread_as_little_as_needed(wanted, gap, places):
+    assert figures.spread(wanted, gap) == pytest.approx(places)
+
+
+def test_labels_do_not_overlap_for_any_ends():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        places = np.sort(figures.spread(list(generator.random(7)), 0.08))
+        assert np.diff(places).min() > 0.08 - 1e-6
+        assert places[0] >= 0 and places[-1] <= 1 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("ticks", "labels"),
+    [
+        ([0.0, 0.025, 0.05], ["0.000", "0.025", "0.050"]),
+        ([-0.5, 0.0, 0.5], ["−0.5", "0.0", "0.5"]),
+        ([0.0, 10.0, 20.0], ["0", "10", "20"]),
+        ([-2e-6, 0.0, 2e-6], ["−2e-06", "0", "2e-06"]),
+        ([0.1 + 0.2, 0.6], ["0.3", "0.6"]),
+    ],
+)
+def test_tick_labels_have_equal_decimals_and_no_power_of_ten_of_their_own(ticks, labels):
+    assert figures._Plain().format_ticks(ticks) == labels
+
+
+def test_png_files_have_the_stated_size(groups, tmp_path):
+    # 4.9 x 2.9 inches at 200 dots; 12 x 3.25 inches at 220
+    path = figures.png(figures.drawings(groups)["accuracy"], tmp_path / "accuracy.png", groups)
+    assert pixels(path) == (980, 580)
+    assert pixels(figures.overview(groups, tmp_path / "overview.png")) == (2640, 715)
+
+
+def test_the_same_runs_give_the_same_bytes(study, tmp_path):
+    first = figures.draw_overview(study, tmp_path / "first.png").read_bytes()
+    assert figures.draw_overview(study, tmp_path / "second.png").read_bytes() == first
+    dark = figures.draw_overview(study, tmp_path / "dark.png", theme=figures.DARK).read_bytes()
+    assert dark != first
+
+
+def test_svg_takes_its_colours_from_the_page_and_refers_to_nothing(groups):
+    text = figures.svg(figures.drawings(groups)["kl_k1"], "kl_k1", groups)
+    assert text.startswith("<svg viewBox=") and text.endswith("</svg>")
+    assert {"var(--ink)", "var(--muted)", "var(--grid)", "var(--arm-0)", "var(--arm-2)"} <= set(
+        re.findall(r"var\([^)]*\)", text)
+    )
+    assert "http" not in text and "#0" not in text.replace('"#', "")
+    assert ">reverse</text>" in text
+    assert text == figures.svg(figures.drawings(groups)["kl_k1"], "kl_k1", groups)
+
+
+def test_figures_without_data_are_not_offered_nor_is_a_beta_that_is_always_zero(tmp_path):
+    write_run(tmp_path, "none", [{"step": 1, "train/accuracy": 0.5, "kl/beta": 0.0}])
+    assert list(figures.drawings(group_runs(load(tmp_path)))) == ["accuracy"]
+
+
+def test_an_overview_of_partly_recorded_metrics_says_what_is_missing(tmp_path):
+    write_run(tmp_path / "runs", "none", [{"step": 1, "train/accuracy": 0.5}])
+    path = figures.draw_overview(tmp_path / "runs", tmp_path / "overview.png")
+    assert pixels(path) == (2640, 715)
+
+
+def test_an_overview_of_an_unknown_task_names_the_known_ones(study, tmp_path):
+    with pytest.raises(
+        ValueError, match="no run of task 'chess' with a training step. Tasks that have one: palindrome."
+    ):
+        figures.draw_overview(study, tmp_path / "x.png", task="chess")

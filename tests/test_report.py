@@ -1,0 +1,235 @@
+"""The report of a study: everything that must be in it is in it, and broken folders do not stop it."""
+
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+from run_folders import RECIPE, synthetic_rows, write_run, write_study
+
+from klreg_verl.analysis import report
+from klreg_verl.analysis.runs import load
+
+VOID = {"meta", "br"}
+
+
+class Outline(HTMLParser):
+    """Checks that tags are closed in order; collects tags, attributes and ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.attributes = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+
+def outline(text):
+    parser = Outline()
+    parser.feed(text)
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("runs") / "synthetic")
+
+
+@pytest.fixture(scope="module")
+def written(study):
+    return report.write_report(study, RECIPE)
+
+
+@pytest.fixture(scope="module")
+def html(written):
+    return written.html.read_text(encoding="utf-8")
+
+
+def test_the_page_is_well_formed_and_refers_to_nothing_outside(html):
+    parsed = outline(html)
+    assert "http" not in html.lower()
+    assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
+    references = [value for name, value in parsed.attributes if name in ("href", "src", "xlink:href")]
+    assert references and all(value.startswith("#") for value in references)
+    assert all(
+        not target.strip("'\"").startswith(("/", "http", "data")) for target in re.findall(r"url\(([^)]*)\)", html)
+    )
+
+
+def test_links_inside_the_page_have_their_targets_and_ids_are_unique(html):
+    attributes = outline(html).attributes
+    ids = [value for name, value in attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert {value[1:] for name, value in attributes if name in ("href", "xlink:href")} <= set(ids)
+
+
+def test_the_page_has_every_section_and_figure(html):
+    assert f"<h1>{RECIPE['question']}</h1>" in html
+    for anchor in ("scope", "summary", "courses", "frontier", "gradient", "evaluation", "samples", "checks", "cards"):
+        assert f'<section id="{anchor}">' in html
+    assert html.count("<svg ") == 11  # eight time courses, two of the mismatch, accuracy against KL
+    assert "3 arms · 1 task · 1 seed · 3 of 3 runs done" in html
+    assert "machinery, not evidence" in html
+
+
+def test_the_page_states_gradients_cards_and_samples(html):
+    assert (
+        "k3 in the loss: per token the gradient of KL(reference || policy), on the policy&#x27;s own prefixes." in html
+    )
+    assert "0123456789abcdef0123456789abcdef01234567" in html
+    assert "(500 characters, in provenance.json)" in html
+    assert "palindrome, step 1" in html and "palindrome, step 40" in html
+    assert "24 possible valid answers" in html
+
+
+def test_the_page_has_light_dark_and_print(html):
+    assert "prefers-color-scheme: dark" in html and "@media print" in html
+
+
+def test_all_files_are_written(written, study):
+    assert [path.name for path in (written.html, written.markdown, written.summary, written.metrics)] == [
+        "report.html",
+        "report.md",
+        "summary.csv",
+        "metrics_long.csv",
+    ]
+    assert [path.relative_to(study / "figures").as_posix() for path in written.figures] == [
+        "overview.png",
+        *(
+            f"{name}.png"
+            for name in ("accuracy", "entropy", "kl_k1", "kl_k3", "coverage", "unique_valid", "length", "beta")
+        ),
+        *(f"{name}.png" for name in ("mismatch_k1", "mismatch_max", "kl_accuracy")),
+    ]
+    assert all(path.stat().st_size > 5_000 for path in written.figures)
+
+
+def test_tables_hold_the_numbers_of_the_runs(written, study):
+    table = pd.read_csv(written.summary).set_index("arm")
+    (none, *_) = load(study)
+    assert table.loc["none", "accuracy"] == pytest.approx(none.metrics["train/accuracy"].iloc[-10:].mean())
+    long = pd.read_csv(written.metrics)
+    step3 = long[(long.arm == "none") & (long.step == 3) & (long.key == "entropy/token")]
+    assert step3["value"].tolist() == pytest.approx([none.metrics.loc[3, "entropy/token"]])
+    assert long.groupby("arm").size().nunique() == 1
+
+
+def test_the_markdown_has_table_sentences_figures_and_card(written):
+    text = written.markdown.read_text(encoding="utf-8")
+    assert text.startswith(f"# {RECIPE['question']}\n")
+    assert "| reverse | reverse KL: k1 in the reward, beta 0.1 | 0." in text
+    assert re.search(
+        r"^- none: accuracy rose from 0\.\d+ to 0\.\d+; first 10 against last 10 steps", text, re.MULTILINE
+    )
+    assert "![Accuracy, KL to the reference, entropy and coverage](figures/overview.png)" in text
+    assert "| versions.verl | `0.9.1` |" in text
+
+
+def test_the_same_runs_give_the_same_bytes(written, study):
+    before = {path: path.read_bytes() for path in (written.html, written.markdown, written.summary, *written.figures)}
+    report.write_report(study, RECIPE)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_values_worked_out_by_hand_are_in_the_report(tmp_path):
+    # last ten steps: five times 0.4 and 0.6: mean 0.5, error 1/30 = 0.033; KL 0.25 in every step: error 0
+    rows = [{"step": s, "train/accuracy": 0.4 + 0.2 * (s % 2), "kl_ref/k1_response": 0.25} for s in range(1, 21)]
+    write_run(tmp_path, "none", rows)
+    written = report.write_report(tmp_path)
+    assert "| none | no KL term | 0.500 ± 0.033 | 0.250 ± 0.000 | 20 of 20 | 10 steps |" in written.markdown.read_text()
+    assert '<td class="number">0.500<small>± 0.033</small></td>' in written.html.read_text()
+    assert report.summary_lines(load(tmp_path)) == [
+        "arm   gradient follows  Accuracy       KL (k1)        steps     ± over",
+        "none  no KL term        0.500 ± 0.033  0.250 ± 0.000  20 of 20  10 steps",
+        "Means of the last ten steps.",
+    ]
+
+
+def test_failed_running_missing_and_broken_runs_are_named(tmp_path):
+    write_run(tmp_path, "none", synthetic_rows("none", 1, 12))
+    write_run(
+        tmp_path, "reverse", synthetic_rows("reverse", 1, 12)[:6], steps=12, status="failed", reason="out <of> memory"
+    )
+    write_run(tmp_path, "forward", [], steps=12, status="running")
+    (tmp_path / "forward" / "palindrome" / "seed2").mkdir()
+    planned = ["none/palindrome/seed1", "none/palindrome/seed2"]
+    written = report.write_report(tmp_path, {"planned": planned})
+    html, text = written.html.read_text(), written.markdown.read_text()
+    outline(html)
+    assert "1 of 5 runs done" in html
+    assert "reverse/palindrome/seed1" in html and "out &lt;of&gt; memory" in html
+    assert "5 of 12" in html and "not started" in html
+    assert "- `reverse/palindrome/seed1`: failed at step 5: out <of> memory" in text
+    assert "- `forward/palindrome/seed1`: running at step 0" in text
+    assert "- `forward/palindrome/seed2`: pending at step 0: spec.json is missing" in text
+    assert "- `none/palindrome/seed2`: not started" in text
+    lines = report.summary_lines(load(tmp_path))
+    waiting = ["forward/palindrome/seed1 (running)", "forward/palindrome/seed2 (pending)"]
+    assert lines[-1] == f"Not done: {', '.join([*waiting, 'reverse/palindrome/seed1 (failed)'])}"
+
+
+def test_a_run_without_metrics_and_a_folder_without_runs_make_a_report(tmp_path):
+    (tmp_path / "empty").mkdir()
+    written = report.write_report(tmp_path / "empty", {"question": "Is anything here?"})
+    assert "<h1>Is anything here?</h1>" in written.html.read_text()
+    assert "nothing to read from this report" in written.html.read_text()
+    assert written.figures == ()
+    write_run(tmp_path / "bare", "none", [])
+    outline(report.write_report(tmp_path / "bare").html.read_text())
+    assert report.summary_lines([]) == ["No runs."]
+
+
+def test_metrics_that_nobody_recorded_are_named(tmp_path):
+    write_run(tmp_path, "none", [{"step": s, "train/accuracy": 0.5} for s in (1, 2)])
+    html = report.write_report(tmp_path).html.read_text()
+    assert "Not recorded by any run: Entropy, KL to the reference, k1," in html
+
+
+def test_texts_from_the_runs_are_escaped(tmp_path):
+    provenance = {"gradient": "<script>alert(1)</script>", "host": "<b>"}
+    write_run(tmp_path, "none", [{"step": 1, "train/accuracy": 0.5}], provenance=provenance)
+    html = report.write_report(tmp_path, {"question": "a < b & c?"}).html.read_text()
+    assert "<script>" not in html and "<b>" not in html
+    assert "<h1>a &lt; b &amp; c?</h1>" in html
+
+
+def test_what_a_person_wrote_between_the_findings_marks_is_kept(tmp_path):
+    write_run(tmp_path, "none", [{"step": 1, "train/accuracy": 0.5}])
+    path = report.write_report(tmp_path).markdown
+    path.write_text(path.read_text().replace(report.FINDINGS[1], "Nothing happened.\n" + report.FINDINGS[1]))
+    again = report.write_report(tmp_path).markdown.read_text()
+    assert f"{report.FINDINGS[0]}\nNothing happened.\n{report.FINDINGS[1]}" in again
+    assert report.write_report(tmp_path).markdown.read_text() == again
+
+
+def test_several_tasks_have_their_own_figures(tmp_path):
+    for task in ("palindrome", "mine"):
+        write_run(tmp_path, "none", synthetic_rows("none", 1, 12), task=task)
+    written = report.write_report(tmp_path)
+    html = written.html.read_text()
+    outline(html)
+    assert {path.parent.name for path in written.figures} == {"palindrome", "mine"}
+    assert "mine: none: accuracy " in html and "<h3>mine</h3>" in html
+
+
+def test_the_terminal_summary_never_exceeds_fifteen_lines(tmp_path):
+    for index in range(20):
+        write_run(tmp_path, f"arm{index:02d}", [{"step": 1, "train/accuracy": 0.5}], status="failed")
+    lines = report.summary_lines(load(tmp_path))
+    assert len(lines) <= 15
+    assert "... and 10 more in summary.csv" in lines
+    assert lines[-1].endswith("arm03/palindrome/seed1 (failed) and 16 more")
+
+
+def test_arms_are_shown_in_the_recipes_order(study):
+    read = report.read_study(study, {"arms": {"reverse": {}, "none": {}}})
+    assert [group.label for group in read.groups] == ["reverse", "none", "forward"]
+    assert read.name == "synthetic"
