@@ -1,7 +1,8 @@
-"""A small Qwen2 model supervised on palindromes: a starting policy that a CPU makes in well under a minute.
+"""A small Qwen2 model supervised on palindromes: a starting policy that a CPU makes in under a minute.
 
-It reads scrambled letters and writes a palindrome of them, and is stopped at about half of its sampled answers
-right, so that RL has something to gain. Each training answer is *one* of the right answers, drawn uniformly
+It reads scrambled letters and writes a palindrome of them. A share of its demonstrations is flawed: the letters in a
+random order. So the finished model knows how and yet is right in less than half of its sampled answers: RL has
+something to gain, and gains it within tens of steps, since what it must learn is one habit to drop. Each training answer is *one* of the right answers, drawn uniformly
 (reasoning-gym's own palindrome is such a draw: its half is made of independent letters, so every order of the half
 is equally likely). The policy that starts RL therefore spreads its probability over several answers to a prompt,
 and a loss of diversity can be seen.
@@ -53,14 +54,15 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModelOptions:
-    """What decides the weights. The defaults give about 0.5 right answers when sampled at temperature 1."""
+    """What decides the weights. The defaults give 0.4 to 0.45 right answers when sampled at temperature 1."""
 
     min_length: int = option(6, "smallest number of letters")
     max_length: int = option(8, "largest number of letters")
+    flawed: float = option(0.35, "share of demonstrations that only repeat the letters, in random order")
     hidden_size: int = option(128, "width of the model")
     layers: int = option(3, "number of transformer layers")
     heads: int = option(4, "number of attention heads")
-    steps: int = option(140, "optimizer steps")
+    steps: int = option(280, "optimizer steps")
     batch_size: int = option(96, "examples in a step")
     learning_rate: float = option(2e-3, "peak of the learning rate of AdamW")
     seed: int = option(1, "seed of weights and examples")
@@ -206,9 +208,11 @@ def draw_batch(rng: np.random.Generator, layout: Layout, options: TinyModelOptio
     ids = np.full((options.batch_size, width), layout.pad)
     labels = np.full_like(ids, IGNORED)
     lengths = rng.integers(options.min_length, options.max_length + 1, size=options.batch_size)
+    flawed = rng.random(options.batch_size) < options.flawed
     for length in np.unique(lengths):
         (rows,) = np.nonzero(lengths == length)
         prompts, answers = draw(rng, len(rows), length)
+        answers[flawed[rows]] = rng.permuted(answers[flawed[rows]], axis=1)
         conversation = np.concatenate([render_prompts(prompts, layout), render_answers(answers, layout)], axis=1)
         ids[rows, : conversation.shape[1]] = conversation
         labels[rows, conversation.shape[1] - length - 1 : conversation.shape[1]] = conversation[:, -length - 1 :]

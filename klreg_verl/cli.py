@@ -38,10 +38,15 @@ def told() -> Iterator[None]:
     """Errors that a user can mend become one message and exit code 2; the stack's own become exit code 1."""
     try:
         yield
+    except (typer.Exit, BrokenPipeError):
+        raise
     except (ValueError, FileNotFoundError) as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from error
-    except RuntimeError as error:
+    except ImportError as error:
+        typer.secho(f"{error}. This command needs the whole stack (`make setup`).", fg="red", err=True)
+        raise typer.Exit(1) from error
+    except (RuntimeError, OSError) as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(1) from error
 
@@ -53,7 +58,9 @@ def run(
     arm: Arm = None,
     task: Task = None,
     seed: Seed = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show every setting, start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show every setting, start nothing.")
+    ] = False,
     runs_dir: RunsDir = None,
 ) -> None:
     """Run what is unfinished of a recipe on this machine, then write its report."""
@@ -70,10 +77,13 @@ def run(
             _show_dry_run(findings, specs, root, platform)
             return
         outcomes = _run(specs, root, platform)
-        _write_report(read, root)
     failed = [outcome for outcome in outcomes if outcome.status != "done"]
-    for outcome in failed:
-        _show_failure(outcome, root)
+    try:
+        with told():
+            _write_report(read, root)
+    finally:
+        for outcome in failed:
+            _show_failure(outcome, root)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -268,7 +278,7 @@ def _settings(spec: RunSpec, root: Path, platform: str) -> dict[str, Any]:
 def _stock_command(spec: RunSpec, root: Path) -> str:
     """A shell script: the KL block as a file, then verl's own command."""
     from klreg_verl.verl_hooks import cpu, overrides
-    from launch.local import kl_yaml
+    from launch.inputs import kl_yaml
 
     platform = _platform()
     values = _settings(spec, root, platform)
@@ -293,16 +303,19 @@ def _planned(spec: RunSpec, root: Path) -> dict[str, Any]:
     folder = RunFolder(root / spec.recipe / spec.run_id)
     state = folder.state()
     last = (folder.read_metrics() or [{}])[-1]
+    present = folder.spec()
+    is_other = present is not None and present.hash != spec.hash
+    status = "pending" if state.status == "done" and not folder.is_done(spec) else state.status
     return {
         "run_id": spec.run_id,
         "hash": spec.hash[:12],
-        "status": "pending" if state.status == "done" and not folder.is_done(spec) else state.status,
+        "status": "conflict" if is_other else status,
         "step": last.get("step", 0),
         "steps": spec.train.steps,
         "attempt": state.attempt,
         "accuracy": last.get("train/accuracy"),
         "kl": last.get("kl_ref/k1_response"),
-        "reason": state.reason,
+        "reason": "the folder holds another run, `klreg run` says which" if is_other else state.reason,
     }
 
 

@@ -10,8 +10,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
-from klreg_verl.experiment.plan import RunSpec
+from klreg_verl.experiment.plan import RunSpec, grid_name
 
 Line = dict[str, Any]
 
@@ -33,10 +34,8 @@ def number(line: Line, key: str, digits: int = 3) -> str:
 
 def accuracy(line: Line) -> str:
     """Training accuracy, or the evaluation's before training."""
-    if "train/accuracy" in line:
-        return number(line, "train/accuracy")
-    evaluations = [value for key, value in line.items() if key.startswith("eval/") and key.endswith("/accuracy")]
-    return f"{evaluations[0]:.3f}" if evaluations else "-"
+    evaluations = [key for key in line if key.startswith("eval/") and key.endswith("/accuracy")]
+    return number(line, "train/accuracy" if "train/accuracy" in line else next(iter(evaluations), ""))
 
 
 def clock(seconds: float) -> str:
@@ -127,7 +126,7 @@ class LiveDisplay:
         self._live.__exit__(*error)
 
     def note(self, text: str) -> None:
-        self._live.console.print(text, style="dim")
+        self._live.console.print(text, style="dim", markup=False, highlight=False)
 
     def start(self, spec: RunSpec, steps_done: int) -> None:
         self._pace.start(spec, steps_done)
@@ -144,9 +143,7 @@ class LiveDisplay:
         ]
         self._set(spec, [*self._row(spec, "running", str(line["step"]))[:5], *numbers])
         left = f"{clock(self._pace.left(spec))} left"
-        self._bar.update(
-            self._task, completed=line["step"], left=left, description=f"{spec.arm} seed {spec.seed}"
-        )
+        self._bar.update(self._task, completed=line["step"], left=left, description=f"{spec.arm} seed {spec.seed}")
 
     def end(self, spec: RunSpec, status: str, reason: str) -> None:
         self._pace.end()
@@ -161,13 +158,13 @@ class LiveDisplay:
 
     @staticmethod
     def _row(spec: RunSpec, status: str, step: str = "0") -> list[str]:
-        name = spec.arm if not spec.grid else f"{spec.arm} {dict(spec.grid)}"
+        name = f"{spec.arm} {grid_name(spec.grid)}".strip()
         return [name, spec.task_name, str(spec.seed), status, f"{step}/{spec.train.steps}", "-", "-", "-", "-"]
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
         for column in ("arm", "task", "seed", "state", "step", "accuracy", "KL [nats]", "entropy", "tokens/s"):
-            table.add_column(column, justify="left" if column in ("arm", "task", "state") else "right")
+            table.add_column(Text(column), justify="left" if column in ("arm", "task", "state") else "right")
         for row in self._rows.values():
             table.add_row(*row, style={"done": "green", "failed": "red", "waiting": "dim"}.get(row[3], ""))
         return table

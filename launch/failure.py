@@ -7,57 +7,93 @@ from __future__ import annotations
 
 import re
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 TRACEBACK = "Traceback (most recent call last):"
-_ACTOR = re.compile(r"^(\x1b\[\d+m)?\([^)]*pid=\d+[^)]*\)(\x1b\[0m)? ?")
-_ERROR = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit)\b.*")
+_STARTS = (TRACEBACK, "raised in its creation task", "Unhandled error (suppress")
+"""What comes before the frames; the latter two are Ray's."""
+_IGNORED = "Exception ignored in"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_SOURCE = re.compile(r"^\(((?:raylet|autoscaler|[^()]*\bpid=\d+)[^()]*)\) ?")
+_VLLM = re.compile(r"^(?:CRITICAL|ERROR|WARNING|INFO|DEBUG) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?")
+_WRAPPER = re.compile(r"^[\w.]*RayTaskError\b|^ray::|^[\w.]*: The actor died because of an error raised in its")
+"""How Ray hands on an error: the frames and the text of the process where it happened follow."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the log; several processes write into it."""
+
+    source: str
+    """Who wrote it, as "TaskRunner pid=12"; empty for the driver itself."""
+    text: str
 
 
 def reason(log: Path, code: int | None) -> str:
-    """One line: the first error that a traceback of the log ends in, or how the driver ended."""
+    """One line: the first error that a traceback of the log ends in, or how the driver ended; both if it was killed."""
     error = first_error(clean(log))
+    if code is not None and code < 0:
+        return exit_reason(code) + (f"; the first error in its log: {error}" if error else "")
     return error or exit_reason(code)
 
 
 def exit_reason(code: int | None) -> str:
     """An exit code in words."""
     if code is not None and code < 0:
-        return f"the driver was killed by {signal.Signals(-code).name}"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"the driver was killed by {names.get(-code, f'signal {-code}')}"
     if code == 0:
         return "the driver ended before the last step, without an error"
     return f"the driver ended with exit code {code} and left no traceback"
 
 
-def first_error(lines: list[str]) -> str | None:
-    """The last line of the first traceback."""
-    starts = [index for index, line in enumerate(lines) if TRACEBACK in line]
-    if not starts:
-        return None
-    after = (line.strip() for line in lines[starts[0] + 1 :])
-    return next((line for line in after if _ERROR.match(line)), None)
+def first_error(lines: list[Line]) -> str | None:
+    """The last line of the first traceback, unless it was cut off."""
+    error = next(reversed(first_traceback(lines)), "")
+    return error if error[:1].strip() and TRACEBACK not in error else None
 
 
-def first_traceback(lines: list[str], most: int = 25) -> list[str]:
-    """The first traceback of a log, its end if it is long."""
-    starts = [index for index, line in enumerate(lines) if TRACEBACK in line]
-    if not starts:
-        return []
-    block = lines[starts[0] : starts[0] + 200]
-    end = next((i for i, line in enumerate(block) if i and _ERROR.match(line.strip())), len(block) - 1)
-    return block[: end + 1][-most:]
+def first_traceback(lines: list[Line]) -> list[str]:
+    """The first traceback, down to its error; what other processes wrote meanwhile and Python ignored is left out."""
+    for index, line in enumerate(lines):
+        if any(start in line.text for start in _STARTS) and not _is_ignored(lines, index):
+            return _to_error([other.text for other in lines[index:] if other.source == line.source])
+    return []
 
 
-def clean(log: Path) -> list[str]:
-    """The log's lines without Ray's "(Actor pid=..)" prefixes and colours."""
+def _is_ignored(lines: list[Line], index: int) -> bool:
+    before = (line.text for line in reversed(lines[:index]) if line.source == lines[index].source)
+    return next(before, "").startswith(_IGNORED)
+
+
+def _to_error(texts: list[str]) -> list[str]:
+    """Down to the first line that is not indented; where Ray hands on another process's error, to that error."""
+    end = 0
+    for index, text in enumerate(texts[1:], start=1):
+        if text and not text[0].isspace():
+            end = index
+            if not _WRAPPER.match(text):
+                break
+    return texts[: end + 1] if end else texts
+
+
+def clean(log: Path) -> list[Line]:
+    """The log's lines without colours, Ray's "(Actor pid=..)" and vLLM's "ERROR 01-31 12:00:00 [core.py:1]"."""
     if not log.is_file():
         return []
-    text = log.read_text(errors="replace")
-    return [_COLOUR.sub("", _ACTOR.sub("", line)) for line in text.splitlines()]
+    return [_line(_COLOUR.sub("", line)) for line in log.read_text(errors="replace").splitlines()]
 
 
-def excerpt(log: Path, last: int = 12) -> list[str]:
-    """What to print under a failed run: the first traceback, or the last lines."""
+def _line(text: str) -> Line:
+    sources = []
+    while found := _SOURCE.match(text):
+        sources.append(found[1])
+        text = text[found.end() :]
+    return Line(source=" ".join(sources), text=_VLLM.sub("", text))
+
+
+def excerpt(log: Path, last: int = 12, most: int = 25) -> list[str]:
+    """What to print under a failed run: the end of the first traceback, or the last lines."""
     lines = clean(log)
-    return first_traceback(lines) or lines[-last:]
+    return first_traceback(lines)[-most:] or [line.text for line in lines[-last:]]

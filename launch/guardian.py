@@ -2,9 +2,10 @@
 
 `klreg run` talks to it over pipes (session.py). It is a child subreaper, so a process whose parent dies becomes its
 child instead of init's; when its standard input closes, for whatever reason, it ends all of its descendants, removes
-their shared memory and its folder, and exits. So nothing outlives a study, not even after kill -9.
+their shared memory and its folder, and exits. It is two processes, a keeper and its child that does the work, and each
+cleans up when the other is gone. So nothing outlives a study, not even after kill -9 of `klreg run` or of either.
 
-Messages are one JSON object a line. In: {"run": argv, "environment": {...}, "log": path} and {"stop": signal}.
+Messages are one JSON object a line. In: {"run": argv, "environment": {...}, "log": path}.
 Out: {"ready": address} or {"failed": reason}, then {"exit": code} after each run.
 """
 
@@ -24,8 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -97,8 +99,10 @@ class Guardian:
         self.environment = os.environ | session_environment(self.folder)
         self.gpus, self.object_store_bytes = gpus, object_store_bytes
         self.driver: subprocess.Popen[bytes] | None = None
-        self.lasting: set[int] = set()
-        self.segments: set[str] = set()
+        self.lasting: set[psutil.Process] = set()
+        self.keeper = os.getpid()
+        self.segments = self.folder / "segments"
+        self.listed: set[str] = set()
 
     def start_ray(self) -> str:
         """Start the head; returns its address.
@@ -115,7 +119,7 @@ class Guardian:
         address = self.folder / "ray" / "ray_current_cluster"
         if code or not address.is_file():
             raise RuntimeError("Ray did not start:\n" + "\n".join(log.read_text().splitlines()[-15:]))
-        self.lasting = {process.pid for process in psutil.Process().children()}
+        self.lasting = set(psutil.Process().children())
         return address.read_text().strip()
 
     def start_run(self, argv: list[str], environment: dict[str, str], log: str) -> None:
@@ -134,40 +138,54 @@ class Guardian:
         return code
 
     def note_segments(self) -> None:
-        """Remember the shared memory in use: vLLM's engine leaves its own behind when its actor is killed."""
-        self.segments |= shared_memory(descendants())
+        """Write down which shared memory is ours: vLLM's engine leaves its own behind when its actor is killed."""
+        listed = set(os.listdir("/dev/shm"))
+        if listed - self.listed:
+            with open(self.segments, "a") as file:
+                file.writelines(f"{path}\n" for path in shared_memory(descendants()))
+        self.listed = listed
+
+    def remove_segments(self) -> None:
+        """Remove what was written down, here or by the child that was killed, and nobody uses any more."""
+        if self.segments.is_file():
+            remove_unused({path for path in self.segments.read_text().splitlines() if os.path.exists(path)})
 
     def sweep(self) -> None:
         """End what the last run left behind: the raylet ends its job's actors, orphans become our children."""
         deadline = time.monotonic() + 2 * GRACE_SECONDS
         while time.monotonic() < deadline and _actors(descendants()):
             time.sleep(POLL_SECONDS)
-        orphans = [process for process in psutil.Process().children() if process.pid not in self.lasting]
-        trees = [below for orphan in orphans for below in (orphan, *_below(orphan))]
+        orphans = [process for process in psutil.Process().children() if process not in self.lasting]
+        trees = [process for orphan in orphans for process in (orphan, *below(orphan))]
         end([*trees, *_actors(descendants())])
-        remove_unused(self.segments)
+        self.remove_segments()
 
     def close(self) -> None:
         """End everything."""
         while remaining := descendants():
             end(remaining)
-        remove_unused(self.segments)
+        self.remove_segments()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _below(process: psutil.Process) -> list[psutil.Process]:
+def below(process: psutil.Process) -> list[psutil.Process]:
+    """A process's descendants; none if it is gone."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.children(recursive=True)
     return []
 
 
+_RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Titles of the raylet's children that are no run's; without its agents the raylet exits."""
+
+
 def _actors(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Ray workers at work; idle ones are called ray::IDLE."""
+    """Ray workers at work for a run."""
     found = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             title = " ".join(process.cmdline())
-            if title.startswith("ray::") and not title.startswith("ray::IDLE"):
+            if title.startswith("ray::") and not title.startswith(_RAYS_OWN):
                 found.append(process)
     return found
 
@@ -191,7 +209,7 @@ def session_environment(folder: Path) -> dict[str, str]:
 
 
 def ray_command(folder: Path, gpus: int | None, object_store_bytes: int | None) -> list[str]:
-    """`ray start` on free ports of the loopback interface."""
+    """`ray start` on free ports. Ray turns the loopback address into the machine's own; the token keeps others out."""
     ray = Path(sys.executable).with_name("ray")
     command = [str(ray), "start", "--head", "--port=0", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
     command += ["--include-dashboard=false", "--disable-usage-stats", f"--num-cpus={RAY_SLOTS}"]
@@ -204,17 +222,14 @@ def ray_command(folder: Path, gpus: int | None, object_store_bytes: int | None) 
 def say(**message: Any) -> None:
     """One message to `klreg run`; nobody may be there any more."""
     with contextlib.suppress(BrokenPipeError):
-        print(json.dumps(message), flush=True)
+        os.write(1, json.dumps(message).encode() + b"\n")
 
 
 def serve(guardian: Guardian) -> None:
-    """Carry out messages until standard input closes."""
-    buffer, looked = b"", 0.0
-    while True:
+    """Carry out messages until standard input closes, or the keeper is gone."""
+    buffer = b""
+    while os.getppid() == guardian.keeper:
         readable, _, _ = select.select([0], [], [], POLL_SECONDS)
-        if time.monotonic() - looked > SEGMENT_SECONDS:
-            guardian.note_segments()
-            looked = time.monotonic()
         if readable:
             chunk = os.read(0, 65536)
             if not chunk:
@@ -222,6 +237,7 @@ def serve(guardian: Guardian) -> None:
             *lines, buffer = (buffer + chunk).split(b"\n")
             for line in lines:
                 obey(guardian, json.loads(line))
+        guardian.note_segments()
         code = guardian.finished_run()
         if code is not None:
             say(exit=code)
@@ -229,10 +245,36 @@ def serve(guardian: Guardian) -> None:
 
 def obey(guardian: Guardian, message: dict[str, Any]) -> None:
     """One message from `klreg run`."""
-    if "run" in message:
-        guardian.start_run(message["run"], message["environment"], message["log"])
-    elif guardian.driver is not None:
-        guardian.driver.send_signal(message["stop"])
+    guardian.start_run(message["run"], message["environment"], message["log"])
+
+
+def hold(guardian: Guardian, work: Callable[[Guardian], None]) -> None:
+    """Do `work` in a child process; when it ends, or when the child or this process is killed, everything is ended."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _go_on)
+    become_subreaper()
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        guardian.close()
+        return
+    become_subreaper()
+    try:
+        work(guardian)
+    except Exception as error:  # whatever it is, `klreg run` has to be told, and everything has to end
+        say(failed=f"{type(error).__name__}: {error}")
+    finally:
+        guardian.close()
+        os._exit(0)
+
+
+def _go_on(number: int, frame: FrameType | None) -> None:
+    """The pipe is what ends us. Not SIG_IGN, which every process that we start would inherit."""
+
+
+def _serve_ray(guardian: Guardian) -> None:
+    say(ready=guardian.start_ray())
+    serve(guardian)
 
 
 def main() -> None:
@@ -241,17 +283,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int)
     parser.add_argument("--object-store-bytes", type=int)
     arguments = parser.parse_args()
-    become_subreaper()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the pipe is what ends us
-    guardian = Guardian(arguments.gpus, arguments.object_store_bytes)
-    try:
-        say(ready=guardian.start_ray())
-        serve(guardian)
-    except Exception as error:  # whatever it is, `klreg run` has to be told, and everything has to end
-        say(failed=f"{type(error).__name__}: {error}")
-    finally:
-        guardian.close()
+    hold(Guardian(arguments.gpus, arguments.object_store_bytes), _serve_ray)
 
 
 if __name__ == "__main__":

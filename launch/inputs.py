@@ -1,10 +1,12 @@
-"""The files a run reads: its parquet data and its starting model, built here (cached by content) or the user's own."""
+"""The files a run reads: parquet data and starting model, built here (cached by content) or the user's own; its KL."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,12 @@ Note = Callable[[str], None]
 
 def cache_root(runs_dir: Path) -> Path:
     """Where built data and models live: KLREG_CACHE, or .cache beside the runs."""
-    return Path(os.environ.get("KLREG_CACHE", runs_dir / ".cache")).absolute()
+    return Path(os.environ.get("KLREG_CACHE") or runs_dir / ".cache").expanduser().resolve()
+
+
+def run_folder(spec: RunSpec, runs_dir: Path) -> RunFolder:
+    """runs/<recipe>/<arm>/<task>/[<grid>/]seed<k>."""
+    return RunFolder(runs_dir / spec.recipe / spec.run_id)
 
 
 def prepare(spec: RunSpec, runs_dir: Path, note: Note) -> Files:
@@ -59,7 +66,13 @@ def _cache_folder(cache: Path, name: str, module: str, options: str, values: Map
 
 
 def _checkpoints(spec: RunSpec, runs_dir: Path) -> Path:
-    return RunFolder(runs_dir / spec.recipe / spec.run_id).checkpoints_dir.absolute()
+    return run_folder(spec, runs_dir).checkpoints_dir.absolute()
+
+
+def kl_yaml(spec: RunSpec) -> str:
+    """The arm's KL block as the file that KLREG_KL names; JSON is YAML."""
+    block = {key: value for key, value in asdict(spec.kl).items() if value is not None and value is not False}
+    return json.dumps(block, indent=1) + "\n"
 
 
 def task_files(task: TaskSpec, cache: Path, note: Note) -> tuple[Path, Path]:

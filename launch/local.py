@@ -7,13 +7,13 @@ A run's driver is verl's own main with our settings (klreg_verl/verl_hooks/main.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +23,7 @@ from klreg_verl.experiment import provenance
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, Status, atomic_write, write_json
 from klreg_verl.verl_hooks import checkpoints, cpu, overrides
-from launch import failure, inputs
+from launch import failure, inputs, preflight
 from launch.display import Display
 from launch.session import Session, ray_session
 
@@ -57,8 +57,10 @@ def run(specs: Sequence[RunSpec], runs_dir: Path, platform: str, display: Displa
     Raises:
         Interrupted: after the current run was marked interrupted and everything was ended.
         RuntimeError: Ray did not start.
+        ValueError: a run's folder holds another run, or another process works in it.
     """
-    waiting = [spec for spec in specs if not run_folder(spec, runs_dir).is_done(spec)]
+    preflight.check_folders(specs, runs_dir)
+    waiting = [spec for spec in specs if not inputs.run_folder(spec, runs_dir).is_done(spec)]
     done = [Outcome(spec=spec, status="done") for spec in specs if spec not in waiting]
     if not waiting:
         return done
@@ -69,16 +71,11 @@ def run(specs: Sequence[RunSpec], runs_dir: Path, platform: str, display: Displa
         return done + [run_one(spec, files[spec.run_id], runs_dir, platform, session, display) for spec in waiting]
 
 
-def run_folder(spec: RunSpec, runs_dir: Path) -> RunFolder:
-    """runs/<recipe>/<arm>/<task>/[<grid>/]seed<k>."""
-    return RunFolder(runs_dir / spec.recipe / spec.run_id)
-
-
 def run_one(
     spec: RunSpec, files: overrides.Files, runs_dir: Path, platform: str, session: Session, display: Display
 ) -> Outcome:
     """One attempt at one run, resumed from its newest whole checkpoint."""
-    folder = run_folder(spec, runs_dir)
+    folder = inputs.run_folder(spec, runs_dir)
     folder.create(spec)
     with folder.lock():
         notes = checkpoints.repair(folder.checkpoints_dir)
@@ -111,7 +108,7 @@ def _watch(
     try:
         session.start(argv, environment, log)
         code = None
-        shown = folder.last_step() or 0
+        shown = _last_step(folder)
         while code is None:
             code = session.wait(LOOK_SECONDS)
             shown = _show_new(spec, folder, shown, display)
@@ -124,12 +121,20 @@ def _watch(
 
 
 def _show_new(spec: RunSpec, folder: RunFolder, shown: int, display: Display) -> int:
-    if (folder.last_step() or 0) > shown:
+    """Show the lines after step `shown`; a driver that resumes first takes back what came after its checkpoint."""
+    shown = min(shown, _last_step(folder))
+    if _last_step(folder) > shown:
         for line in folder.read_metrics():
             if line["step"] > shown:
                 display.step(spec, line)
                 shown = line["step"]
     return shown
+
+
+def _last_step(folder: RunFolder) -> int:
+    """-1 before the first line: step 0 is the evaluation before training."""
+    last = folder.last_step()
+    return -1 if last is None else last
 
 
 def write_attempt(
@@ -142,7 +147,7 @@ def write_attempt(
 ) -> dict[str, str]:
     """Write all that the attempt is told into its folder; returns the driver's environment."""
     kl_file = attempt / "kl.yaml"
-    atomic_write(kl_file, kl_yaml(spec))
+    atomic_write(kl_file, inputs.kl_yaml(spec))
     write_json(attempt / "verl.json", settings)
     gradient = doctor.explain(spec.kl, spec.train.advantage, spec.train.updates_per_batch)
     card = provenance.collect(
@@ -158,12 +163,6 @@ def write_attempt(
         "TENSORBOARD_DIR": str(folder.path / "tensorboard"),
         **_wandb(spec, folder),
     }
-
-
-def kl_yaml(spec: RunSpec) -> str:
-    """The arm's KL block as the file that KLREG_KL names; JSON is YAML."""
-    block = {key: value for key, value in asdict(spec.kl).items() if value not in (None, False)}
-    return json.dumps(block, indent=1) + "\n"
 
 
 def _wandb(spec: RunSpec, folder: RunFolder) -> dict[str, str]:
@@ -187,18 +186,26 @@ def session_environment(spec: RunSpec, platform: str) -> dict[str, str]:
 
 @contextmanager
 def _stop_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise Interrupted once; a second Ctrl-C during clean-up is ignored, so that it completes."""
+    """Ctrl-C and SIGTERM raise Interrupted once; a second Ctrl-C during clean-up is ignored, so that it completes.
+
+    A signal that is ignored already (nohup) stays so. Outside the main thread Python cannot handle signals at all.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for other in before:
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(signal.Signals(number).name)
 
     before: dict[int, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        before[number] = signal.signal(number, stop)
+    if threading.current_thread() is threading.main_thread():
+        before = {n: signal.getsignal(n) for n in _STOPPING if signal.getsignal(n) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

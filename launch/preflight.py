@@ -7,17 +7,16 @@ import importlib.metadata
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from data_prep.check import check_model, check_task
 from data_prep.cache import options_from
+from data_prep.check import check_model, check_task
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.verl_hooks.names import TESTED
-from launch.inputs import palindrome_options
+from launch.inputs import palindrome_options, run_folder
 
 CPU_MEMORY_GB = 9.0
 """What one worker's run took at its peak over all processes (recipes/results/README.md)."""
@@ -35,7 +34,7 @@ class Finding:
 
 
 def detect_platform() -> str:
-    """"cuda" if torch sees a GPU, else "cpu"; VERL_PLATFORM decides if it is set."""
+    """The platform: "cuda" if torch sees a GPU, else "cpu"; VERL_PLATFORM decides if it is set."""
     chosen = os.environ.get("VERL_PLATFORM", "").strip().lower()
     if chosen:
         return "cpu" if chosen == "cpu" else "cuda"
@@ -50,7 +49,21 @@ def check(specs: Sequence[RunSpec], runs_dir: Path, platform: str) -> list[Findi
     Raises:
         ValueError: with what was found, why it cannot work, and what to do.
     """
-    return [check_software(), check_disk(runs_dir), check_memory(specs, platform), *check_files(specs)]
+    findings = [check_software(), check_disk(runs_dir), check_memory(specs, platform)]
+    check_folders(specs, runs_dir)
+    return findings + check_files(specs)
+
+
+def check_folders(specs: Sequence[RunSpec], runs_dir: Path) -> None:
+    """No run's folder holds another run, and nobody works in one. Raises ValueError."""
+    for spec in specs:
+        folder = run_folder(spec, runs_dir)
+        folder.check(spec)
+        if folder.is_locked():
+            raise ValueError(
+                f"{folder.path} is in use by process {folder.state().pid} on {folder.state().host}. Wait for it or "
+                "stop it; for a second study side by side use another --runs-dir."
+            )
 
 
 def check_software() -> Finding:
@@ -82,6 +95,13 @@ def _installed(name: str) -> str:
 def check_disk(runs_dir: Path, needed_gb: float = FREE_DISK_GB) -> Finding:
     """Room for checkpoints and logs, and permission to write."""
     existing = next(folder for folder in (runs_dir, *runs_dir.parents) if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise ValueError(
+            f"{runs_dir}: run folders cannot be made there ({error.strerror}: {existing}). Choose another place with "
+            "--runs-dir or KLREG_RUNS."
+        ) from error
     free = shutil.disk_usage(existing).free / 1e9
     if free < needed_gb:
         raise ValueError(
@@ -93,6 +113,8 @@ def check_disk(runs_dir: Path, needed_gb: float = FREE_DISK_GB) -> Finding:
 
 def check_memory(specs: Sequence[RunSpec], platform: str) -> Finding:
     """On a CPU, room for every process of one run."""
+    import psutil  # part of the stack, which check_software has found
+
     available = psutil.virtual_memory().available / 1e9
     if platform != "cpu":
         return Finding(what="memory", detail=f"{available:.0f} GB available")
@@ -143,10 +165,10 @@ def check_reward(spec: RunSpec) -> None:
     sys.path.insert(0, spec.root)
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
+    except Exception as error:  # a user's module can fail in any way
         raise ValueError(
-            f"tasks.{spec.task_name}.reward: cannot import {module!r} ({error}). It is looked for in the recipe's "
-            f"folder ({spec.root}) and among installed packages."
+            f"tasks.{spec.task_name}.reward: cannot import {module!r} ({type(error).__name__}: {error}). It is looked "
+            f"for in the recipe's folder ({spec.root}) and among installed packages."
         ) from error
     finally:
         sys.path.remove(spec.root)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import signal
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from select import select
 from typing import Any
 
+import psutil
+
 from launch import guardian
 
 CLOSE_SECONDS = 30.0
+GONE = "The process that holds Ray and its workers was killed. Run the same command again."
 
 
 class Session:
     """One Ray head; runs follow each other on it."""
 
-    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], address: str) -> None:
         self._process = process
+        self._unread = b""
         self.address = address
 
     def start(self, argv: list[str], environment: Mapping[str, str], log: Path) -> None:
@@ -38,22 +44,26 @@ class Session:
         message = self._receive(seconds)
         return None if message is None else message["exit"]
 
-    def stop(self) -> None:
-        """Interrupt the current run."""
-        self._send(stop=signal.SIGTERM)
-
     def _send(self, **message: Any) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise RuntimeError(GONE) from None
 
     def _receive(self, seconds: float) -> dict[str, Any] | None:
+        """The next message, None if none comes within `seconds`."""
         assert self._process.stdout is not None
-        if not select([self._process.stdout], [], [], seconds)[0]:
-            return None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("The process that holds Ray and its workers was killed. Run the same command again.")
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._unread:
+            if not select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return None
+            chunk = os.read(self._process.stdout.fileno(), 65536)
+            if not chunk:
+                raise RuntimeError(GONE)
+            self._unread += chunk
+        line, _, self._unread = self._unread.partition(b"\n")
         message = json.loads(line)
         if "failed" in message:
             raise RuntimeError(message["failed"])
@@ -67,7 +77,6 @@ def ray_session(gpus: int | None, object_store_bytes: int | None, environment: M
     Raises:
         RuntimeError: Ray did not start; its own last lines are in the message.
     """
-    guardian.become_subreaper()  # should the guardian be killed, what it held falls to us
     process = _spawn(gpus, object_store_bytes, environment)
     try:
         session = Session(process, "")
@@ -80,8 +89,8 @@ def ray_session(gpus: int | None, object_store_bytes: int | None, environment: M
         _close(process)
 
 
-def _spawn(gpus: int | None, object_store_bytes: int | None, environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "launch.guardian"]
+def _spawn(gpus: int | None, object_store_bytes: int | None, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-P", guardian.__file__]  # by its path: users have folders called "launch", too
     command += [f"--gpus={gpus}"] if gpus is not None else []
     command += [f"--object-store-bytes={object_store_bytes}"] if object_store_bytes is not None else []
     return subprocess.Popen(
@@ -89,16 +98,27 @@ def _spawn(gpus: int | None, object_store_bytes: int | None, environment: Mappin
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=dict(environment),
-        text=True,
         start_new_session=True,  # Ctrl-C reaches `klreg run` only, which then closes the pipe
     )
 
 
-def _close(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-    try:
-        process.wait(CLOSE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    guardian.end(guardian.descendants())
+def _close(process: subprocess.Popen[bytes]) -> None:
+    """Close the guardian's input and wait until it has ended everything; only what is below it is ever ended."""
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    if not _ends(process.stdout.fileno(), CLOSE_SECONDS) and process.poll() is None:
+        guardian.end(guardian.below(psutil.Process(process.pid)))
+        if not _ends(process.stdout.fileno(), CLOSE_SECONDS):
+            process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def _ends(descriptor: int, seconds: float) -> bool:
+    """Whether all processes that can write to the pipe end within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not os.read(descriptor, 65536):
+            return True
+    return False

@@ -38,8 +38,8 @@ class Layer:
 
 
 OURS = ("klreg_verl", "data_prep", "launch")
-HOOKS_WITHOUT_VERL = ("overrides", "checkpoints", "cpu")
-"""What a launcher needs of the hooks: settings, folder layout, CPU settings. Importing them must not import verl."""
+HOOKS_WITHOUT_VERL = ("overrides", "checkpoints", "cpu", "names")
+"""What a launcher needs of the hooks: settings, folder layout, CPU settings, versions. They must not import verl."""
 LAYERS = (
     Layer(folder="klreg_verl/core", anywhere=("torch", "numpy")),
     Layer(folder="klreg_verl/doctor", anywhere=("torch", "numpy", "klreg_verl.core"), lazily=("verl",)),

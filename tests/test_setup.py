@@ -208,6 +208,12 @@ def test_what_does_not_fit_is_redone(clone: Path, finished_venv: Path, spoil: st
     assert setup_cpu.work_left(finished_venv, clone) == "everything"
 
 
+def test_a_comment_in_the_lock_changes_nothing(clone: Path, finished_venv: Path) -> None:
+    with (clone / setup_cpu.LOCK).open("a") as file:
+        file.write("\n# a reason\n")
+    assert setup_cpu.work_left(finished_venv, clone) == "nothing"
+
+
 def test_a_changed_pyproject_installs_only_the_project_again(clone: Path, finished_venv: Path) -> None:
     with (clone / "pyproject.toml").open("a") as file:
         file.write("# changed\n")

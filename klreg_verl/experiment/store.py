@@ -161,10 +161,8 @@ class RunFolder:
 
         Raises ValueError if it holds another run, has done more steps than asked for, or cannot be written.
         """
-        present = self.spec()
-        if present is not None:
-            self._check_same(present, spec)
-        if present == spec:
+        self.check(spec)
+        if self.spec() == spec:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -175,7 +173,11 @@ class RunFolder:
                 "with --runs-dir or KLREG_RUNS."
             ) from error
 
-    def _check_same(self, present: RunSpec, spec: RunSpec) -> None:
+    def check(self, spec: RunSpec) -> None:
+        """Raises ValueError if the folder holds another run, or has done more steps than asked for."""
+        present = self.spec()
+        if present is None:
+            return
         if present.hash != spec.hash:
             changes = "\n".join(f"  {line}" for line in present.differs(spec))
             raise ValueError(

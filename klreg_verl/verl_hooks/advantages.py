@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from klreg_verl.core import advantages
-from klreg_verl.core.aggregation import response_sum
 from klreg_verl.verl_hooks.names import ADVANTAGE_PREFIX
 
 
 def group_ids(groups: Sequence[Any]) -> Tensor:
-    """(B,) integers, equal where `groups` (any hashable, e.g. verl's uid strings) are equal."""
-    return torch.from_numpy(np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]).long()
+    """(B,) integers from 0 in order of appearance, equal where `groups` (any hashable, e.g. verl's uids) are equal."""
+    numbers: dict[Any, int] = {}
+    return torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups], dtype=torch.int64)
 
 
 def register(register_adv_est: Callable[[str], Callable[[Any], Any]]) -> None:
@@ -27,7 +26,7 @@ def register(register_adv_est: Callable[[str], Callable[[Any], Any]]) -> None:
 
 def _estimator(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     def estimate(token_level_rewards: Tensor, response_mask: Tensor, index: Any, **_: Any) -> tuple[Tensor, Tensor]:
-        scores = response_sum(token_level_rewards, response_mask.bool())
+        scores = token_level_rewards.sum(dim=-1)  # unmasked, as verl's own: the rewarded last token may be a tool's
         per_response = advantages.compute(name, scores, group_ids(index))
         per_token = per_response.unsqueeze(-1) * response_mask
         return per_token, per_token

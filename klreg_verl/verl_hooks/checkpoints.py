@@ -37,7 +37,12 @@ def problems(folder: Path) -> list[str]:
     marker = folder / MARKER
     if not marker.is_file():
         return [f"{folder.name}: no {MARKER} marker (the run ended while it was being saved)"]
-    expected: dict[str, int] = json.loads(marker.read_text())
+    try:
+        expected: dict[str, int] = json.loads(marker.read_text())
+    except ValueError:
+        return [f"{folder.name}: its {MARKER} marker cannot be read (the disk lost it)"]
+    if not expected:
+        return [f"{folder.name}: its {MARKER} marker names no file (is the folder shared by all nodes?)"]
     return [
         f"{folder.name}/{name}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes"
         for name, size in expected.items()
@@ -57,7 +62,7 @@ def newest_complete(root: Path) -> int | None:
 
 
 def repair(root: Path) -> list[str]:
-    """Make verl resume from the newest whole checkpoint: others newer than it are put aside, the tracker is rewritten.
+    """Make verl resume from the newest whole checkpoint: what is not whole is put aside, the tracker is rewritten.
 
     Returns:
         What was found and done, a line each; empty if nothing was wrong.

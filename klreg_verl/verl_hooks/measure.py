@@ -8,19 +8,18 @@ import torch
 from torch import Tensor
 
 from klreg_verl.core import diversity, metrics
-from klreg_verl.core.aggregation import response_sum
 from klreg_verl.core.penalties import response_charge
 from klreg_verl.experiment.recipe import KLSpec
 from klreg_verl.verl_hooks.names import TIMINGS
 from klreg_verl.verl_hooks.rows import Rows
 
 
-def measure(rows: Rows, kl: KLSpec, beta: float) -> dict[str, float]:
+def measure(rows: Rows, kl: KLSpec, beta: float, max_response_tokens: int) -> dict[str, float]:
     """All of our metrics of one batch, sampled before the update (keys: core.metrics.METRICS)."""
-    mask, scores, valid = rows.response_mask, response_sum(rows.token_rewards, rows.response_mask), is_valid(rows)
+    mask, valid = rows.response_mask, is_valid(rows)
     return {
-        **reward_metrics(rows, scores, valid),
-        **kl_placement_metrics(rows, scores, kl, beta),
+        **reward_metrics(rows, valid, max_response_tokens),
+        **kl_placement_metrics(rows, kl, beta),
         **metrics.kl_metrics(rows.old_logprobs, rows.ref_logprobs, mask, valid),
         **metrics.entropy_metrics(rows.entropy, mask),
         **metrics.mismatch_metrics(rows.old_logprobs, rows.rollout_logprobs, mask),
@@ -30,8 +29,8 @@ def measure(rows: Rows, kl: KLSpec, beta: float) -> dict[str, float]:
 
 def is_valid(rows: Rows) -> Tensor:
     """(B,) bool: the reward's `acc`, or a positive score where a user's reward has no `acc`."""
-    scores = response_sum(rows.token_rewards, rows.response_mask).tolist()
-    return torch.tensor([float(x.get("acc", s)) > 0 for x, s in zip(rows.reward_extras, scores, strict=True)])
+    pairs = zip(rows.reward_extras, rows.scores.tolist(), strict=True)
+    return torch.tensor([float(extras.get("acc", score)) > 0 for extras, score in pairs], dtype=torch.bool)
 
 
 def answers(rows: Rows) -> list[str]:
@@ -46,21 +45,21 @@ def num_valid(rows: Rows) -> list[int | None]:
     return [int(text) if text not in (None, "") else None for text in texts]
 
 
-def reward_metrics(rows: Rows, scores: Tensor, valid: Tensor) -> dict[str, float]:
-    """Accuracy, score and length."""
+def reward_metrics(rows: Rows, valid: Tensor, max_response_tokens: int) -> dict[str, float]:
+    """Accuracy, score and length; truncated is what fills the token limit, whatever the reward says."""
     lengths = rows.response_mask.sum(-1).double()
-    truncated = [float(extras.get("truncated", 0.0)) for extras in rows.reward_extras]
+    truncated = [float(len(tokens) >= max_response_tokens) for tokens in rows.responses]
     return {
         "train/accuracy": valid.double().mean().item(),
-        "train/score": scores.double().mean().item(),
+        "train/score": rows.scores.double().mean().item(),
         "response/length": lengths.mean().item(),
         "response/truncated": sum(truncated) / len(truncated),
     }
 
 
-def kl_placement_metrics(rows: Rows, scores: Tensor, kl: KLSpec, beta: float) -> dict[str, float]:
+def kl_placement_metrics(rows: Rows, kl: KLSpec, beta: float) -> dict[str, float]:
     """What the arm's KL term charges; the loss's own charge comes from the workers."""
-    logged = {"kl/beta": beta, "reward/penalized": scores.double().mean().item()}
+    logged = {"kl/beta": beta, "reward/penalized": rows.scores.double().mean().item()}
     if kl.placement == "reward":
         charge = response_charge(kl.estimator, rows.old_logprobs, rows.ref_logprobs, rows.response_mask)
         logged["kl/penalty"] = beta * charge.double().mean().item()
@@ -91,7 +90,7 @@ def samples_columns(rows: Rows, step: int, row_of: dict[str, int], decode: Any) 
         "prompt_ids": [ids.tolist() for ids in rows.prompts],
         "token_ids": [ids.tolist() for ids in rows.responses],
         "mask": [row[: len(ids)].tolist() for row, ids in zip(rows.response_mask, rows.responses, strict=True)],
-        "score": response_sum(rows.token_rewards, rows.response_mask).double().tolist(),
+        "score": rows.scores.double().tolist(),
         "valid": is_valid(rows).tolist(),
         "answer": answers(rows),
         "num_valid": [None if n is None else str(n) for n in num_valid(rows)],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def _actor(spec: RunSpec) -> Settings:
         f"{ACTOR}.use_kl_loss": True,  # verl loads the reference only so; the coefficient of verl's own term is 0
         f"{ACTOR}.kl_loss_coef": 0.0,
         f"{ACTOR}.loss_agg_mode": train.policy_aggregation,
-        f"{ACTOR}.loss_scale_factor": train.loss_scale_factor,
+        f"{ACTOR}.loss_scale_factor": _loss_scale_factor(spec),
         f"{ACTOR}.clip_ratio": train.clip_ratio,
         f"{ACTOR}.clip_ratio_low": train.clip_ratio,
         f"{ACTOR}.clip_ratio_high": train.clip_ratio,
@@ -110,6 +111,15 @@ def _actor(spec: RunSpec) -> Settings:
         f"{ACTOR}.optim.weight_decay": train.weight_decay,
         f"{ACTOR}.data_loader_seed": spec.seed,
     }
+
+
+def _loss_scale_factor(spec: RunSpec) -> int | None:
+    """The constant of seq-mean-token-sum-norm, of the policy loss or of the KL alone; verl's other spellings ignore it.
+
+    Without it verl divides by the padded width of each micro-batch, and beta would mean something else in each.
+    """
+    of_kl = spec.kl.aggregation == "seq-mean-token-sum-norm"
+    return spec.train.max_response_tokens if of_kl else spec.train.loss_scale_factor
 
 
 def _batches(spec: RunSpec, platform: str) -> Settings:
@@ -122,7 +132,8 @@ def _batches(spec: RunSpec, platform: str) -> Settings:
             f"{ACTOR}.use_dynamic_bsz": True,
             f"{ACTOR}.ppo_max_token_len_per_gpu": max(16384, 2 * longest),
         }
-    micro_batch = train.micro_batch or train.prompts_per_update * train.responses_per_prompt // spec.resources.world_size
+    share = train.prompts_per_update * train.responses_per_prompt // spec.resources.world_size
+    micro_batch = train.micro_batch or share
     return values | {
         f"{ACTOR}.ppo_micro_batch_size_per_gpu": micro_batch,
         f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": micro_batch,
@@ -149,6 +160,8 @@ def _rollout(spec: RunSpec) -> Settings:
 def _trainer(spec: RunSpec, files: Files) -> Settings:
     trackers = ["console"] + ["tensorboard"] * spec.logging.tensorboard + ["wandb"] * (spec.logging.wandb != "off")
     return {
+        "trainer.use_v1": True,
+        "trainer.v1.trainer_mode": "sync",  # any other trainer of verl's would run without our KL, and say nothing
         "trainer.project_name": spec.recipe,
         "trainer.experiment_name": spec.run_id.replace("/", "-"),
         "trainer.logger": trackers,
@@ -232,9 +245,14 @@ def _own_key(key: str) -> str:
 
 
 def _hydra_value(value: Any) -> str:
-    """Hydra's override grammar: JSON scalars, lists and quoted strings; null for None."""
+    """Hydra's override grammar: JSON scalars, lists, mappings and quoted strings; null for None."""
     if isinstance(value, list | tuple):
         return "[" + ",".join(_hydra_value(item) for item in value) + "]"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_hydra_value(item)}" for key, item in value.items()) + "}"
-    return json.dumps(str(value) if isinstance(value, Path) else value)
+    return _quoted(str(value)) if isinstance(value, str | Path) else json.dumps(value)
+
+
+def _quoted(text: str) -> str:
+    """Text in Hydra's double quotes: a backslash is itself there, unless a quote follows; no other escape exists."""
+    return '"' + re.sub(r'(\\+)(?="|$)', r"\1\1", text).replace('"', r"\"") + '"'

@@ -8,6 +8,7 @@ with one KL block) puts KLRegTrainer in the place of verl's "sync" trainer. verl
 from __future__ import annotations
 
 import os
+from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,7 @@ RUN_VARIABLE = "KLREG_RUN"
 SESSION_VARIABLE = "KLREG_SESSION_DIR"
 FORWARDED = (
     *(KL_VARIABLE, RUN_VARIABLE, "VERL_PLATFORM", "VERL_ENGINE_DEVICE"),
+    *("VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS"),
     *("TENSORBOARD_DIR", "WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME"),
 )
 """Variables that Ray workers need and verl does not forward by itself."""
@@ -82,17 +84,26 @@ def _register_advantages(module: ModuleType) -> None:
 def require_active() -> None:
     """Raise RuntimeError unless verl would start our trainer in this environment.
 
-    Imports verl's trainer; call it in the process that starts the run.
+    Imports verl's trainer; call it in the process that starts the run. That process has imported this module itself, so
+    it also asks whether verl would: the trainer lives in a Ray worker, which has verl's word for it only.
     """
     from verl.trainer.ppo.v1 import get_trainer_cls
 
-    name = get_trainer_cls("sync").__name__
+    name = get_trainer_cls("sync").__name__ if _verl_loads_us() else "PPOTrainerSync"
     if name != "KLRegTrainer":
         raise RuntimeError(
             f"verl would start {name}, not KLRegTrainer: its plugin entry point did not load. "
             f"Check that klreg-verl is installed in this environment (`pip show klreg-verl`), that {KL_VARIABLE} names "
             "a file, and that VERL_USE_EXTERNAL_PLUGINS is not 'none'."
         )
+
+
+def _verl_loads_us() -> bool:
+    """Whether `import verl` imports this module in any process with this environment; verl's own rules."""
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+    installed = {point.name for point in entry_points(group="verl.plugins") if point.value == __name__}
+    allowed = installed if policy == "auto" else installed & {name.strip() for name in policy.split(",")}
+    return bool(allowed) or __name__ in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",")
 
 
 activate()

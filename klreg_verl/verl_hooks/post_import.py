@@ -9,7 +9,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 
 Callback = Callable[[ModuleType], None]
@@ -18,9 +18,9 @@ Callback = Callable[[ModuleType], None]
 class _CallbackLoader(importlib.abc.Loader):
     """The module's own loader, followed by the callbacks."""
 
-    def __init__(self, loader: importlib.abc.Loader, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, loader: importlib.abc.Loader, waiting: dict[str, list[Callback]]) -> None:
         self._loader = loader
-        self._callbacks = callbacks
+        self._waiting = waiting
 
     def __getattr__(self, name: str):  # resources, source and the like stay the original loader's
         return getattr(self._loader, name)
@@ -30,8 +30,9 @@ class _CallbackLoader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        for callback in self._callbacks:
+        for callback in self._waiting.get(module.__name__, ()):
             callback(module)
+        self._waiting.pop(module.__name__, None)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -39,14 +40,18 @@ class _Finder(importlib.abc.MetaPathFinder):
 
     def __init__(self) -> None:
         self.waiting: dict[str, list[Callback]] = {}
+        self._looking: set[str] = set()
 
     def find_spec(self, name, path=None, target=None):
-        if name not in self.waiting:
+        if name not in self.waiting or name in self._looking:
             return None
-        callbacks = self.waiting.pop(name)  # popped first: the look-up below must not find us again
-        spec = importlib.util.find_spec(name)
+        self._looking.add(name)  # the look-up below must not find us again
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._looking.discard(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _CallbackLoader(spec.loader, callbacks)
+            spec.loader = _CallbackLoader(spec.loader, self.waiting)
         return spec
 
 
@@ -59,11 +64,16 @@ def after_import(name: str, callback: Callback) -> None:
     Args:
         name: dotted module name.
         callback: receives the module; its exceptions reach whoever imports the module.
+
+    Raises:
+        RuntimeError: the module is being imported right now, so that nothing would ever call back.
     """
     module = sys.modules.get(name)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         callback(module)
         return
+    if module is not None and not isinstance(module.__loader__, _CallbackLoader):
+        raise RuntimeError(f"{name} is half imported: too late to wait for it. Import klreg_verl's plugin before it.")
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     _finder.waiting.setdefault(name, []).append(callback)

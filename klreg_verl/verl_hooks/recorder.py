@@ -55,7 +55,8 @@ class Recorder:
             return
         table = pa.table(columns)
         if policy.prompts is not None:
-            table = table.filter(pa.array([int(group) < policy.prompts for group in columns["group"]]))
+            numbered = sorted(set(columns["group"]), key=lambda group: (len(group), group))  # 9 before 10
+            table = table.filter(pa.array([group in numbered[: policy.prompts] for group in columns["group"]]))
         self.folder.write_samples(step, table)
 
 
@@ -66,9 +67,9 @@ def numbers(data: Mapping[str, Any]) -> dict[str, float]:
 
 def evaluations(data: Mapping[str, Any]) -> dict[str, float]:
     """eval/<task>/accuracy beside verl's val-core/<task>/acc/mean@n."""
-    found = ((key.split("/"), value) for key, value in data.items() if key.startswith("val-core/"))
+    found = ((key.rsplit("/", 2), value) for key, value in data.items() if key.startswith("val-core/"))
     return {
-        f"eval/{parts[1]}/accuracy": float(value)
-        for parts, value in found
-        if len(parts) == 4 and parts[2] in ("acc", "reward") and parts[3].startswith("mean@")
+        f"eval/{source.removeprefix('val-core/')}/accuracy": float(value)  # a source may be "openai/gsm8k"
+        for (source, variable, statistic), value in found
+        if variable in ("acc", "reward") and statistic.startswith("mean@")
     }

@@ -49,6 +49,11 @@ class Rows:
         """(B,) int64."""
         return group_ids(self.groups)
 
+    @property
+    def scores(self) -> Tensor:
+        """(B,) task reward of each response. verl puts it on the last token, which a tool's output may mask."""
+        return self.token_rewards.sum(dim=-1)
+
 
 def is_padding(batch: KVBatchMeta) -> list[bool]:
     """Which rows verl made up to fill the batch."""

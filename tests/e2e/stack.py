@@ -68,7 +68,7 @@ def remains(before: Mapping[int, str]) -> list[str]:
 
 def stack_processes() -> dict[int, str]:
     """Ray, vLLM and driver processes of this machine by pid."""
-    marks = ("raylet", "gcs_server", "ray::", "VLLM::", "launch.guardian", "verl_hooks.main")
+    marks = ("raylet", "gcs_server", "ray::", "VLLM::", "guardian.py", "verl_hooks.main")
     found = {}
     for process in psutil.process_iter(["cmdline"]):
         text = " ".join(process.info["cmdline"] or [])

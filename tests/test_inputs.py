@@ -1,0 +1,102 @@
+"""The files of a run: what is planned is what gets built, a user's own files stay where they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from klreg_verl.experiment import plan, recipe
+from klreg_verl.experiment.plan import RunSpec
+from launch import inputs
+
+TINY = {"hidden_size": 32, "heads": 1, "layers": 1, "steps": 1, "batch_size": 2, "measured_prompts": 3}
+RECIPE = f"""\
+question: q
+model: {{path: tiny, options: {json.dumps(TINY)}}}
+tasks: {{p: {{builtin: palindrome, options: {{train_size: 12, test_size: 4}}}}}}
+kl: {{placement: reward, estimator: k1, follows: reverse, beta: 0.1}}
+arms: {{reverse: {{}}}}
+seeds: [1]
+"""
+
+
+def only_spec(folder: Path, text: str, *overrides: str) -> RunSpec:
+    (folder / "study.yaml").write_text(text)
+    (spec,) = plan.expand(recipe.load(folder / "study.yaml", overrides))
+    return spec
+
+
+def test_planned_paths_are_where_the_builders_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.setenv("KLREG_CACHE", str(tmp_path / "link"))
+    spec = only_spec(tmp_path, RECIPE)
+    planned = inputs.planned_files(spec, tmp_path / "runs")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "study.yaml"]  # nothing was made
+    assert not list((tmp_path / "real").iterdir())
+
+    notes: list[str] = []
+    built = inputs.prepare(spec, tmp_path / "runs", notes.append)
+    assert built == planned
+    assert built.train.is_file() and built.val.is_file() and (built.model / "config.json").is_file()
+    assert built.checkpoints == tmp_path / "runs/study/reverse/p/seed1/checkpoints"
+    assert notes[-1].startswith("tiny model: ") and notes[-1].endswith("(100 %)")
+
+    notes.clear()
+    assert inputs.prepare(spec, tmp_path / "runs", notes.append) == built
+    assert notes == []  # found, not built again
+
+
+def test_the_cache_lies_beside_the_runs_unless_the_environment_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("KLREG_CACHE", "")
+    assert inputs.cache_root(tmp_path / "runs") == tmp_path / "runs/.cache"
+    monkeypatch.setenv("KLREG_CACHE", "~/klreg")
+    assert inputs.cache_root(tmp_path / "runs") == Path.home().resolve() / "klreg"
+
+
+def test_a_users_own_files_and_folder_are_taken_as_they_are(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    text = """\
+question: q
+model: {path: ./model}
+tasks: {mine: {train: a.parquet, val: b.parquet, reward: "rewards:score"}}
+arms: {none: {kl: {placement: none}}}
+seeds: [1]
+"""
+    spec = only_spec(tmp_path, text)
+    built = inputs.prepare(spec, tmp_path / "runs", pytest.fail)
+    assert (built.train, built.val, built.model) == (tmp_path / "a.parquet", tmp_path / "b.parquet", tmp_path / "model")
+    assert inputs.planned_files(spec, tmp_path / "runs") == built
+
+
+def test_an_unknown_option_of_a_builder_is_refused_with_its_place(tmp_path: Path):
+    spec = only_spec(tmp_path, RECIPE, "tasks.p.options.train_sise=3")
+    with pytest.raises(ValueError, match="options.train_sise: unknown key.*Did you mean 'train_size'"):
+        inputs.planned_files(spec, tmp_path / "runs")
+
+
+def test_a_builders_progress_is_told_once_per_quarter():
+    notes: list[str] = []
+    report = inputs._reporter(notes.append, "tiny model")
+    for done in range(0, 141):
+        report(done, 140, f"step {done}")
+    quarters = {0: 0, 35: 25, 70: 50, 105: 75, 140: 100}
+    assert notes == [f"tiny model: step {done} ({percent} %)" for done, percent in quarters.items()]
+
+
+def test_the_kl_file_reads_back_as_the_arms_kl(tmp_path: Path):
+    for change in (
+        [],
+        ["kl.estimator=k3", "kl.placement=loss", "kl.follows=forward", "kl.aggregation=token-mean"],
+        ["kl.estimator=k3", "kl.allow_biased=true", "kl.follows=none"],
+        ["kl.placement=none"],
+        ["kl.beta=0"],
+        ["kl.beta=1e-6"],  # JSON's spelling, which YAML 1.1 takes for text
+    ):
+        spec = only_spec(tmp_path, RECIPE, *change)
+        (tmp_path / "kl.yaml").write_text(inputs.kl_yaml(spec))
+        assert recipe.load_kl(tmp_path / "kl.yaml") == spec.kl

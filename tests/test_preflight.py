@@ -1,0 +1,171 @@
+"""The checks before anything starts: each bad input is refused with what, why and what to do."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from klreg_verl.experiment import plan, recipe
+from klreg_verl.experiment.plan import RunSpec
+from klreg_verl.verl_hooks import names
+from launch import inputs, preflight
+
+RECIPE = """\
+question: q
+model: {path: tiny}
+tasks: {mine: {train: a.parquet, val: b.parquet, reward: "my_rewards_PLACE:score"}}
+arms: {none: {kl: {placement: none}}}
+seeds: [1]
+train: {steps: 4}
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> RunSpec:
+    (tmp_path / "study.yaml").write_text(RECIPE.replace("PLACE", tmp_path.name))
+    return plan.expand(recipe.load(tmp_path / "study.yaml"))[0]
+
+
+@pytest.fixture
+def write_reward(tmp_path: Path):
+    """The user's reward module; its name differs between tests, because Python imports a name once."""
+
+    def write(text: str) -> None:
+        (tmp_path / f"my_rewards_{tmp_path.name}.py").write_text(text)
+
+    return write
+
+
+def test_the_tested_verl_on_a_tested_python_passes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preflight, "_installed", dict(names.TESTED).__getitem__)
+    assert preflight.check_software().detail == ", ".join(f"{name} {version}" for name, version in names.TESTED.items())
+
+
+@pytest.mark.parametrize("version", [(3, 13), (3, 10)])
+def test_another_python_is_refused(monkeypatch: pytest.MonkeyPatch, version: tuple[int, int]):
+    Version = namedtuple("Version", "major minor micro releaselevel serial")
+    monkeypatch.setattr(sys, "version_info", Version(*version, 0, "final", 0))
+    with pytest.raises(ValueError, match=rf"Python 3\.{version[1]}: .*no wheels for it. Use Python 3.11 \(`make"):
+        preflight.check_software()
+
+
+def test_another_verl_and_none_at_all_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preflight, "TESTED", {"pytest": "0.0.1"})
+    with pytest.raises(ValueError, match=f"pytest {pytest.__version__} is installed and the hooks were made for 0.0.1"):
+        preflight.check_software()
+    monkeypatch.setattr(preflight, "TESTED", {"no-such-package": "1"})
+    with pytest.raises(ValueError, match="no-such-package is not installed.*`make setup`.*`klreg plan`.* do not"):
+        preflight.check_software()
+
+
+def test_the_platform_is_what_the_environment_says_or_torch_sees(monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    monkeypatch.setenv("VERL_PLATFORM", " CPU ")
+    assert preflight.detect_platform() == "cpu"
+    monkeypatch.setenv("VERL_PLATFORM", "nvidia")
+    assert preflight.detect_platform() == "cuda"
+    monkeypatch.delenv("VERL_PLATFORM")
+    assert preflight.detect_platform() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------- machine
+
+
+def test_no_disk_is_refused_where_the_runs_would_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=1.24e9))
+    with pytest.raises(ValueError, match=r"1.2 GB free, runs need at least 2 GB.*--runs-dir or KLREG_RUNS"):
+        preflight.check_disk(tmp_path / "not" / "made" / "yet")
+    assert asked == [tmp_path]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_runs_folder_that_cannot_be_made_is_refused(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "runs", Path("/proc/klreg")):
+        with pytest.raises(ValueError, match=f"{place}: run folders cannot be made there.*--runs-dir"):
+            preflight.check_disk(place)
+
+
+def test_memory_is_counted_per_worker_and_only_on_a_cpu(spec: RunSpec, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10e9))
+    assert preflight.check_memory([spec], "cpu").detail == "10 GB available, about 9 GB needed"
+    two = replace(spec, resources=replace(spec.resources, gpus_per_node=2))
+    with pytest.raises(ValueError, match=r"10.0 GB of memory are available.* 2 worker\(s\) on a CPU takes about 13 GB"):
+        preflight.check_memory([spec, two], "cpu")  # 9 + 4
+    preflight.check_memory([two], "cuda")
+
+
+# ---------------------------------------------------------------------------------------------------- run folders
+
+
+def test_a_folder_of_another_run_is_refused_also_when_that_run_is_done(spec: RunSpec, tmp_path: Path):
+    folder = inputs.run_folder(spec, tmp_path / "runs")
+    folder.create(spec)
+    folder.set_state("done", step=4)
+    preflight.check_folders([spec], tmp_path / "runs")
+    preflight.check_folders([replace(spec, train=replace(spec.train, steps=9))], tmp_path / "runs")  # an extension
+    hotter = replace(spec, train=replace(spec.train, temperature=0.9))
+    with pytest.raises(ValueError, match=r"(?s)holds another run.*train.temperature: 1.0 != 0.9.*--runs-dir"):
+        preflight.check_folders([hotter], tmp_path / "runs")
+
+
+def test_a_folder_that_a_living_process_works_in_is_refused_and_free_after_its_death(spec: RunSpec, tmp_path: Path):
+    folder = inputs.run_folder(spec, tmp_path / "runs")
+    code = """
+import sys, time
+from klreg_verl.experiment.store import RunFolder
+folder = RunFolder(sys.argv[1])
+with folder.lock():
+    folder.set_state("running")
+    print("held", flush=True)
+    time.sleep(100)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on .*Wait for it or stop it"):
+            preflight.check_folders([spec], tmp_path / "runs")
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    preflight.check_folders([spec], tmp_path / "runs")
+
+
+# ---------------------------------------------------------------------------------------------------- reward
+
+
+def test_a_reward_function_in_the_recipes_folder_is_found_and_the_path_restored(spec: RunSpec, write_reward):
+    before = list(sys.path)
+    write_reward("def score(data_source, solution_str, ground_truth, extra_info=None): return 0.0")
+    preflight.check_reward(spec)
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot import 'my_rewards.*ModuleNotFoundError.*looked for in the recipe's folder"),
+        ("def skore(): pass", "has no function 'score'"),
+        ("score = 3", "has no function 'score'"),
+        ("def score(:", "cannot import .*SyntaxError"),
+        ("open('/no/such/table')", "cannot import .*FileNotFoundError"),
+    ],
+)
+def test_a_reward_function_that_is_not_there_or_does_not_import_is_refused(
+    spec: RunSpec, write_reward, text: str | None, message: str
+):
+    if text is not None:
+        write_reward(text)
+    with pytest.raises(ValueError, match=f"tasks.mine.reward: .*{message}"):
+        preflight.check_reward(spec)

@@ -1,0 +1,161 @@
+"""A session: messages over the pipes, what happens when the other end is gone, and two real Ray heads."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch import session as sessions
+from launch.guardian import below
+from launch.session import Session, ray_session
+
+pytestmark = pytest.mark.timeout(180)
+
+STORE = 80 * 2**20
+"""Ray's smallest object store is 75 MB."""
+
+
+def stand_in(code: str) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, start_new_session=True)
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that a test started, ended after it."""
+    processes: list[subprocess.Popen[bytes]] = []
+    yield processes
+    for process in processes:
+        for one in below(psutil.Process(process.pid)) if process.poll() is None else []:
+            one.kill()
+        process.kill()
+        process.wait()
+
+
+# ---------------------------------------------------------------------------------------------------- messages
+
+
+def test_messages_that_arrive_together_or_in_pieces_are_read_one_by_one(started):
+    code = """
+import os, time
+os.write(1, b'{"exit": 1}\\n{"exit": 2}\\n{"exit"')
+time.sleep(0.3)
+os.write(1, b': 3}\\n')
+time.sleep(60)
+"""
+    started.append(stand_in(code))
+    session = Session(started[0], "")
+    assert [session.wait(20) for _ in range(3)] == [1, 2, 3]
+    assert session.wait(0.05) is None
+
+
+def test_a_guardian_that_is_gone_is_said_in_words_when_reading_and_when_writing(started, tmp_path):
+    started.append(stand_in("pass"))
+    session = Session(started[0], "")
+    started[0].wait()
+    with pytest.raises(RuntimeError, match="was killed. Run the same command again"):
+        session.wait(5)
+    with pytest.raises(RuntimeError, match="was killed. Run the same command again"):
+        session.start(["true"], {"X": "y" * 100_000}, tmp_path / "log")
+    sessions._close(started[0])  # what could not be written is no error now
+
+
+def test_a_failure_that_the_guardian_tells_is_raised(started):
+    started.append(stand_in("""print('{"failed": "no room"}')"""))
+    with pytest.raises(RuntimeError, match="^no room$"):
+        Session(started[0], "").wait(20)
+
+
+def test_closing_a_guardian_that_hangs_ends_it_and_what_is_below_it_only(started, monkeypatch):
+    monkeypatch.setattr(sessions, "CLOSE_SECONDS", 0.5)
+    control = subprocess.Popen(["sleep", "1000"])
+    hanging = stand_in("import subprocess; print(1, flush=True); subprocess.run(['sleep', '1000'])")
+    started += [control, hanging]
+    assert hanging.stdout.readline() == b"1\n"
+    tree = []
+    while not tree:
+        tree = below(psutil.Process(hanging.pid))
+    sessions._close(hanging)
+    assert hanging.poll() is not None
+    assert not any(process.is_running() for process in tree)
+    assert control.poll() is None
+
+
+# ---------------------------------------------------------------------------------------------------- Ray
+
+PROGRAM = """
+import os, ray
+ray.init()
+@ray.remote
+def where():
+    return os.environ["KLREG_SESSION_DIR"]
+print(ray.get(where.remote()), ray.cluster_resources()["GPU"], ray.get_runtime_context().gcs_address)
+"""
+
+
+def run(session: Session, log: Path) -> list[str]:
+    """The words of PROGRAM's last line, run on a session."""
+    session.start([sys.executable, "-c", PROGRAM], {}, log)
+    code = session.wait(90)
+    assert code == 0, log.read_text()
+    return log.read_text().splitlines()[-1].split()
+
+
+@pytest.mark.slow
+def test_two_rays_side_by_side_with_rays_usual_ports_taken_by_somebody_else(tmp_path: Path, started):
+    taken = [socket.socket() for _ in range(3)]
+    for one, port in zip(taken, (6379, 8265, 10001), strict=True):
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind(("", port))
+            one.listen()
+        except OSError:
+            pass  # somebody else has it, which is as good
+    with ExitStack() as stack:
+        first = stack.enter_context(ray_session(1, STORE, os.environ))
+        held = below(psutil.Process(first._process.pid))
+        words = run(first, tmp_path / "1")
+        assert words[1:] == ["1.0", first.address]
+        with ray_session(2, STORE, os.environ) as second:
+            second_held = below(psutil.Process(second._process.pid))
+            other = run(second, tmp_path / "2")
+            assert other[1:] == ["2.0", second.address]
+            assert other[0] != words[0]  # folders for sockets of their own
+        assert not any(process.is_running() for process in second_held)
+        started.append(subprocess.Popen(["sleep", "1000"]))
+        assert run(first, tmp_path / "3") == words  # Ray outlives its runs, and its neighbour
+    assert not any(process.is_running() for process in held)
+    assert not any(Path(folder).exists() for folder in (words[0], other[0]))
+    assert started[-1].poll() is None  # another child of ours, started meanwhile
+    for one in taken:
+        one.close()
+
+
+@pytest.mark.slow
+def test_ray_that_does_not_start_is_told_in_its_own_words():
+    with pytest.raises(RuntimeError, match="(?s)Ray did not start:.*object store"):
+        with ray_session(1, 1, os.environ):
+            pytest.fail("Ray started with an object store of one byte")
+
+
+@pytest.mark.slow
+def test_after_kill_9_of_the_guardian_ray_is_gone_and_the_next_call_says_so():
+    with ray_session(1, STORE, os.environ) as session:
+        held = below(psutil.Process(session._process.pid))
+        assert any("gcs_server" in process.name() for process in held)
+        session._process.kill()
+        with pytest.raises(RuntimeError, match="was killed"):
+            session.wait(60)
+    deadline = time.monotonic() + 20
+    while any(process.is_running() for process in held):
+        assert time.monotonic() < deadline, held
+        time.sleep(0.1)
