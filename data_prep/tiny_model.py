@@ -1,11 +1,12 @@
 """A small Qwen2 model supervised on palindromes: a starting policy that a CPU makes in under a minute.
 
 It reads scrambled letters and writes a palindrome of them. A share of its demonstrations is flawed: the letters in a
-random order. So the finished model knows how and yet is right in less than half of its sampled answers: RL has
-something to gain, and gains it within tens of steps, since what it must learn is one habit to drop. Each training answer is *one* of the right answers, drawn uniformly
-(reasoning-gym's own palindrome is such a draw: its half is made of independent letters, so every order of the half
-is equally likely). The policy that starts RL therefore spreads its probability over several answers to a prompt,
-and a loss of diversity can be seen.
+random order. So the finished model knows how, and yet is right in less than half of its sampled answers: RL has
+something to gain, and gains it within tens of steps, since what it must learn is one habit to drop.
+
+Each unflawed answer is *one* of the right answers, drawn uniformly (reasoning-gym's own palindrome is such a draw: its
+half is made of independent letters, so every order of the half is equally likely). The policy that starts RL therefore
+spreads its probability over several answers to a prompt, and a loss of diversity can be seen.
 
 Tokenizer: byte-level BPE without merges, so each letter is one token, in the prompt as in the answer, and a newline
 too. A message is rendered `<|user|>letters<|im_end|>`, the answer follows `<|assistant|>`. The model's vocabulary
@@ -70,8 +71,10 @@ class TinyModelOptions:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name != "seed" and value <= 0:
+            if name not in ("seed", "flawed") and value <= 0:
                 raise FieldError(name, f"{value} must be greater than 0.")
+        if not 0 <= self.flawed < 1:
+            raise FieldError("flawed", f"{self.flawed} is no share of the demonstrations. Give 0 or more, below 1.")
         if self.max_length < self.min_length:
             raise FieldError(
                 "max_length", f"{self.max_length} is below min_length={self.min_length}. Raise max_length."

@@ -276,18 +276,34 @@ def _settings(spec: RunSpec, root: Path, platform: str) -> dict[str, Any]:
 
 
 def _stock_command(spec: RunSpec, root: Path) -> str:
-    """A shell script: the KL block as a file, then verl's own command."""
+    """A shell script: the KL block as a file in the current folder, then verl's own command."""
     from klreg_verl.verl_hooks import cpu, overrides
     from launch.inputs import kl_yaml
 
     platform = _platform()
     values = _settings(spec, root, platform)
-    environment = {"KLREG_KL": "kl.yaml"}
+    environment = {"PYTHONPATH": spec.root} if spec.task.reward else {}
     if platform == "cpu":
         environment |= cpu.ENVIRONMENT
         values |= {"ray_kwargs.ray_init.num_cpus": 16, "ray_kwargs.ray_init.num_gpus": spec.resources.gpus_per_node}
     block = kl_yaml(spec).strip()
-    return f"echo {shlex.quote(block)} > kl.yaml\n{overrides.verl_command(values, environment)}"
+    command = overrides.verl_command(values, environment)
+    _name_missing(spec, root)
+    return f'echo {shlex.quote(block)} > kl.yaml\nexport KLREG_KL="$PWD/kl.yaml"\n{command}'
+
+
+def _name_missing(spec: RunSpec, root: Path) -> None:
+    """A stock command reads files that our own would build first."""
+    from launch.inputs import planned_files
+
+    files = planned_files(spec, root)
+    missing = [str(path) for path in (files.train, files.val, files.model) if path.is_absolute() and not path.exists()]
+    if missing:
+        typer.secho(
+            f"Not there yet: {', '.join(missing)}. `klreg run` builds them; a step is enough (train.steps=1).",
+            fg="yellow",
+            err=True,
+        )
 
 
 def _platform() -> str:

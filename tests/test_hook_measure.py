@@ -414,3 +414,12 @@ def test_rows_are_ordered_by_prompt_and_sample_whoever_finished_first():
 def test_a_mean_over_nothing_is_nan_and_no_crash():
     empty = rows(response_mask=torch.zeros(4, 3, dtype=torch.bool))
     assert math.isnan(hook("measure").measure(empty, KLSpec(), 0.0, 3)["kl_ref/k1_token"])
+
+
+def test_an_evaluation_is_the_mean_over_prompts_and_counts_lost_responses_as_wrong():
+    sources = ["openai/gsm8k", "openai/gsm8k", "palindrome", "palindrome", "palindrome"]
+    rewards = {"reward": [0.9, 0.1, 1.0, 1.0, 0.0], "acc": [None, None, 1.0, 1.0, 0.0]}
+    expected = {("openai/gsm8k", "a"): 2, ("palindrome", "b"): 2, ("palindrome", "c"): 2}
+    found = hook("measure").evaluation_metrics(sources, ["a", "a", "b", "b", "c"], rewards, expected)
+    # gsm8k has no acc: (0.9 + 0.1) / 2; palindrome: b (1 + 1) / 2, c (0 + lost) / 2
+    assert found == {"eval/openai/gsm8k/accuracy": pytest.approx(0.5), "eval/palindrome/accuracy": pytest.approx(0.5)}

@@ -21,7 +21,7 @@ from klreg_verl.experiment.settings import (
     TaskSpec,
     TrainSpec,
 )
-from klreg_verl.verl_hooks.overrides import hydra_arguments, settings, verl_command
+from klreg_verl.verl_hooks.overrides import _REFUSED, _passthrough, hydra_arguments, settings, verl_command
 
 ACTOR, ROLLOUT, REF = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref"))
 NORM = "seq-mean-token-sum-norm"
@@ -199,3 +199,14 @@ def test_a_shell_reads_the_command_as_it_was_meant():
     command = verl_command(values, {"KLREG_KL": "/my runs/kl.yaml"})
     words = shlex.split(command.replace("\\\n", ""))
     assert words == ["KLREG_KL=/my runs/kl.yaml", "python", "-m", "verl.trainer.main_ppo", *hydra_arguments(values)]
+
+
+@pytest.mark.parametrize("key", sorted(_REFUSED))
+def test_settings_that_break_measuring_or_resuming_are_refused(key: str):
+    with pytest.raises(ValueError, match=f"verl.{key}: .* Leave it out."):
+        _passthrough({key: True}, {})
+
+
+def test_a_key_inside_one_of_ours_is_refused_too():
+    with pytest.raises(ValueError, match="klreg sets a.b from the recipe"):
+        _passthrough({"a.b.c": 1}, {"a.b": {"c": 2}})

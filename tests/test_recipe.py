@@ -71,7 +71,7 @@ def test_the_quick_study_is_what_it_says() -> None:
     assert kls["none"] == KLSpec(placement="none")
     assert (kls["reverse"].placement, kls["reverse"].estimator, kls["reverse"].follows) == ("reward", "k1", "reverse")
     assert (kls["forward"].placement, kls["forward"].estimator, kls["forward"].follows) == ("loss", "k3", "forward")
-    assert kls["reverse"].beta == kls["forward"].beta == 0.1
+    assert kls["reverse"].beta == kls["forward"].beta == 0.2
 
 
 def test_dr_grpo_sets_the_aggregation_and_its_constant() -> None:

@@ -13,7 +13,7 @@ from verl_stack import spec
 from klreg_verl.experiment.settings import SamplesSpec, SaveSpec
 from klreg_verl.experiment.store import RunFolder
 from klreg_verl.verl_hooks import checkpoints
-from klreg_verl.verl_hooks.recorder import Recorder, evaluations, numbers
+from klreg_verl.verl_hooks.recorder import Recorder, numbers
 
 
 def recorder(path: Path, **sections: Any) -> Recorder:
@@ -48,29 +48,10 @@ def test_numbers_are_the_scalars():
     assert numbers(data) == {"int": 1.0, "numpy": 0.5, "flag": 1.0}
 
 
-def test_evaluations_are_verls_accuracies_whatever_a_source_is_called():
-    data = {
-        "val-core/palindrome/acc/mean@4": 0.5,
-        "val-core/openai/gsm8k/reward/mean@1": 0.25,
-        "val-core/palindrome/acc/best@4/mean": 0.9,
-        "val-core/palindrome/acc/maj@4/mean": 0.7,
-        "val-aux/palindrome/format_ok/mean@4": 0.8,
-        "train/score": 1.0,
-    }
-    assert evaluations(data) == {"eval/palindrome/accuracy": 0.5, "eval/openai/gsm8k/accuracy": 0.25}
-
-
 def test_a_line_has_verls_keys_and_ours(tmp_path: Path):
     run = recorder(tmp_path)
-    run.log({"actor/entropy": 0.7, "val-core/palindrome/acc/mean@4": 0.5, "text": "x"}, step=0)
-    assert run.folder.read_metrics() == [
-        {
-            "step": 0,
-            "actor/entropy": 0.7,
-            "val-core/palindrome/acc/mean@4": 0.5,
-            "eval/palindrome/accuracy": 0.5,
-        }
-    ]
+    run.log({"actor/entropy": 0.7, "eval/palindrome/accuracy": 0.5, "text": "x"}, step=0)
+    assert run.folder.read_metrics() == [{"step": 0, "actor/entropy": 0.7, "eval/palindrome/accuracy": 0.5}]
 
 
 def test_a_checkpoint_is_whole_only_with_its_line_written(tmp_path: Path):
@@ -141,3 +122,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_without_a_run_folder_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("KLREG_RUN", raising=False)
     assert Recorder.from_environment() is None
+
+
+@pytest.mark.parametrize(("at_end", "wanted"), [(True, [True, True, True]), (False, [False, True, False])])
+def test_the_last_step_is_saved_only_if_the_recipe_says_so(tmp_path: Path, at_end: bool, wanted: list[bool]):
+    run = recorder(tmp_path, save=SaveSpec(every=2, at_end=at_end))
+    assert [run.wants_checkpoint(step) for step in (1, 2, 3)] == wanted  # verl asks at multiples of 2 and at the end

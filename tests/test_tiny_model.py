@@ -1,5 +1,6 @@
 """The tiny model: one token a letter, a vocabulary that fits, uniform supervision, the same seed the same weights."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -115,8 +116,21 @@ def test_training_prompts_are_what_the_chat_template_gives(tokenizer, layout):
     assert render_prompts(places("zaybyaz"), layout).tolist() == [expected]
 
 
+def test_a_share_of_the_demonstrations_repeats_the_letters_in_another_order(tokenizer, layout):
+    flawed = dataclasses.replace(TINY, flawed=0.25, batch_size=4000)
+    ids, labels = draw_batch(np.random.default_rng(0), layout, flawed)
+    right = 0
+    for sequence, label in zip(ids, labels, strict=True):
+        answer = tokenizer.decode(label[label != IGNORED], skip_special_tokens=True)
+        prompt = tokenizer.decode(sequence[sequence != layout.pad]).removeprefix("<|user|>").partition("<|im_end|>")[0]
+        assert sorted(answer) == sorted(prompt)
+        right += compute_score("palindrome", answer, prompt)["score"] == 1.0
+    # of 4000, 3000 are unflawed (sd 27) and some of the flawed are right by chance: 1 in 3 at length 4, fewer beyond
+    assert 2900 < right < 3350
+
+
 def test_a_batch_supervises_the_answer_and_its_end_only(tokenizer, layout):
-    ids, labels = draw_batch(np.random.default_rng(0), layout, TINY)
+    ids, labels = draw_batch(np.random.default_rng(0), layout, dataclasses.replace(TINY, flawed=0.0))
     assert ids.shape == labels.shape == (32, 3 + 2 * TINY.max_length + 1)
     for sequence, label in zip(ids, labels, strict=True):
         answer = tokenizer.decode(label[label != IGNORED], skip_special_tokens=True)

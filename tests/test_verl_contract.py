@@ -302,16 +302,11 @@ def test_one_more_destination_in_tracking_gets_each_line_and_is_ignored_at_the_e
     assert 'getattr(self.trainer, "logger", None)' in source("verl.trainer.main_ppo:TaskRunnerV1")
 
 
-def test_validation_names_its_accuracy_as_the_recorder_reads_it():
-    from klreg_verl.verl_hooks.recorder import evaluations
-
-    infos = {"reward": [1.0, 0.0, 1.0, 1.0], "acc": [1.0, 0.0, 1.0, 1.0]}
-    sources = ["openai/gsm8k"] * 2 + ["palindrome"] * 2
-    update = resolve(f"{BASE}:PPOTrainer._val_metrics_update")
-    counts = {("openai/gsm8k", "a"): 2, ("palindrome", "b"): 2}
-    metrics = update(None, sources, ["a", "a", "b", "b"], infos, [], counts)
-    # (1 + 0) / 2 and (1 + 1) / 2
-    assert evaluations(metrics) == {"eval/openai/gsm8k/accuracy": 0.5, "eval/palindrome/accuracy": 1.0}
+def test_validation_hands_over_what_our_summary_takes():
+    parameters = list(inspect.signature(resolve(f"{BASE}:PPOTrainer._val_metrics_update")).parameters)
+    names = ["self", "data_sources", "sample_uids", "reward_extra_infos_dict", "sample_turns", "expected_acc_counts"]
+    assert parameters == names
+    assert "expected_acc_counts=expected_acc_counts" in source(f"{BASE}:PPOTrainer._validate")
 
 
 def test_the_workers_kl_term_arrives_summed_over_micro_batches_and_averaged_over_workers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +74,32 @@ def timing_metrics(timing: dict[str, float], tokens: int) -> dict[str, float]:
     """Seconds by phase, and tokens (prompt and response) per second of the step."""
     logged = {ours: timing[verls] for verls, ours in TIMINGS.items() if verls in timing}
     return logged | {"perf/tokens_per_s": tokens / timing["step"]}
+
+
+def evaluation_metrics(
+    data_sources: Sequence[Any],
+    uids: Sequence[Any],
+    rewards: Mapping[str, Sequence[float | None]],
+    expected: Mapping[tuple[str, str], int],
+) -> dict[str, float]:
+    """Accuracy of a validation by data source: the mean over prompts of the share of right responses.
+
+    Args:
+        data_sources, uids: of each response.
+        rewards: verl's per-response numbers; `acc` decides, `reward` where there is no `acc`.
+        expected: (data source, uid) -> responses asked for; one that got lost counts as wrong.
+
+    verl's own summary is left out: its best@N is a bootstrap with replacement, which is not pass@N (one right answer
+    of 16 gives best@16 = 0.64), takes seconds, and reseeds numpy's global generator.
+    """
+    right = rewards.get("acc", [None] * len(uids))
+    totals = dict.fromkeys(expected, 0.0)
+    for source, uid, acc, reward in zip(data_sources, uids, right, rewards["reward"], strict=True):
+        totals[str(source), str(uid)] += float(reward or 0.0) if acc is None else float(acc)
+    shares: dict[str, list[float]] = {}
+    for (source, uid), count in expected.items():
+        shares.setdefault(source, []).append(totals[source, uid] / count)
+    return {f"eval/{source}/accuracy": sum(values) / len(values) for source, values in shares.items()}
 
 
 def samples_columns(rows: Rows, step: int, row_of: dict[str, int], decode: Any) -> dict[str, list[Any]]:

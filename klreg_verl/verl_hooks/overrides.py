@@ -211,12 +211,30 @@ def _cpu(spec: RunSpec) -> Settings:
 def _passthrough(block: Mapping[str, Any], ours: Settings) -> Settings:
     """The recipe's `verl:` block (dotted keys); what the recipe says elsewhere may not be said there again."""
     for key in block:
-        if key in ours and key not in _CHANGEABLE:
+        if key in _REFUSED:
+            raise ValueError(f"verl.{key}: {_REFUSED[key]} Leave it out.")
+        same = next((ours_key for ours_key in ours if _overlap(key, ours_key)), None)
+        if same is not None and key not in _CHANGEABLE:
             raise ValueError(
-                f"verl.{key}: klreg sets this key from the recipe (to {ours[key]!r}). "
+                f"verl.{key}: klreg sets {'this key' if same == key else same} from the recipe (to {ours[same]!r}). "
                 f"Change the recipe's own key instead{_own_key(key)}."
             )
     return dict(block)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Equal, or one inside the other."""
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+
+_REFUSED = {
+    "algorithm.rollout_correction.bypass_mode": "every arm measures the trainer's own log-probs and entropy.",
+    f"{ACTOR}.ppo_epochs": "more updates per batch are train.updates_per_batch, which the doctor reads.",
+    f"{ACTOR}.checkpoint.async_save": "verl 0.9.1 then writes no tracker, and the run could not be resumed.",
+    "trainer.del_local_ckpt_after_load": "a run that is killed after a resume would have nothing left to resume from.",
+    "trainer.remove_previous_ckpt_in_save": "a crash during a save would lose both checkpoints.",
+}
+"""Settings of verl's under which a run could not be measured or resumed."""
 
 
 _CHANGEABLE = {f"{ROLLOUT}.max_num_seqs", f"{ROLLOUT}.agent.num_workers", "reward.num_workers", f"{ACTOR}.strategy"}

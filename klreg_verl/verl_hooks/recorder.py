@@ -36,13 +36,17 @@ class Recorder:
         """Continue after `step` updates: later lines of an attempt that was lost move to this attempt's folder."""
         self.folder.discard_after(step if step > 0 else -1, self.folder.latest.resolve())
 
+    def wants_checkpoint(self, step: int) -> bool:
+        """verl saves the last step whenever it saves at all; `save.at_end: false` is for large models."""
+        return self.spec.save.at_end or step % self.spec.save.every == 0
+
     def checkpoint_saved(self, step: int) -> None:
         """verl has written its files; the checkpoint counts once this step's line is on the disk, too."""
         self._unmarked = step
 
     def log(self, data: dict[str, Any], step: int) -> None:
         """Append one line; then declare this step's checkpoint whole and remove the oldest."""
-        self.folder.append_metrics(step, numbers(data) | evaluations(data))
+        self.folder.append_metrics(step, numbers(data))
         if self._unmarked == step:
             checkpoints.mark_complete(checkpoints.step_folder(self.folder.checkpoints_dir, step))
             checkpoints.prune(self.folder.checkpoints_dir, self.spec.save.keep)
@@ -63,13 +67,3 @@ class Recorder:
 def numbers(data: Mapping[str, Any]) -> dict[str, float]:
     """The scalars among verl's metrics (a few are tables or text)."""
     return {key: float(value) for key, value in data.items() if np.isscalar(value) and not isinstance(value, str)}
-
-
-def evaluations(data: Mapping[str, Any]) -> dict[str, float]:
-    """eval/<task>/accuracy beside verl's val-core/<task>/acc/mean@n."""
-    found = ((key.rsplit("/", 2), value) for key, value in data.items() if key.startswith("val-core/"))
-    return {
-        f"eval/{source.removeprefix('val-core/')}/accuracy": float(value)  # a source may be "openai/gsm8k"
-        for (source, variable, statistic), value in found
-        if variable in ("acc", "reward") and statistic.startswith("mean@")
-    }

@@ -67,13 +67,23 @@ class KLRegTrainer(PPOTrainerSync):
     def on_init_end(self) -> None:
         """The workers get our loss once they exist."""
         super().on_init_end()
+        self.send_loss()
+
+    def send_loss(self) -> None:
+        """Ship the actor's loss to every worker (milliseconds)."""
         actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
         object.__setattr__(actor, "use_kl_loss", False)  # ours is the only KL term, and NaN * 0 is not 0
         self.actor_rollout_wg.set_loss_fn(partial(actor_loss, config=actor, kl=self.kl, beta=self.beta))
 
     def _balance_batch(self, batch: KVBatchMeta, *args: Any, **kwargs: Any) -> KVBatchMeta:
         """Order rows by (prompt, sample), so that the same samples give the same batch whoever finished first."""
-        batch.reorder(sorted(range(len(batch.keys)), key=lambda i: self._place(batch.keys[i])))
+        places = [self._place(key) for key in batch.keys]
+        if any(output for *_, output in places):
+            raise ValueError(
+                "An agent loop returned several outputs for one response: the group advantages and the KL charge would "
+                "take them for siblings. Use an agent loop with one output, e.g. verl's single_turn_agent."
+            )
+        batch.reorder(sorted(range(len(places)), key=places.__getitem__))
         return super()._balance_batch(batch, *args, **kwargs)
 
     def _place(self, key: str) -> tuple[int, str, int, int]:
@@ -94,13 +104,21 @@ class KLRegTrainer(PPOTrainerSync):
         tokens = sum(map(len, sampled.prompts)) + sum(map(len, sampled.responses))
         metrics.update(measure.measure(sampled, self.kl, self.beta, self.config.data.max_response_length))
         metrics.update(measure.timing_metrics(timing_raw, tokens))
-        if self.kl.placement == "loss":
+        if "actor/perf/max_memory_allocated_gb" in metrics:  # not while a critic warms up
+            metrics["memory/peak_gb"] = metrics["actor/perf/max_memory_allocated_gb"]
+        if "actor/kl_loss" in metrics:
             metrics["kl/penalty"] = self.beta * metrics["actor/kl_loss"]
         if self.recorder is not None:
             columns = measure.samples_columns(sampled, self.global_steps, self._row_of(), self.tokenizer.decode)
             self.recorder.write_samples(self.global_steps, columns)
 
+    def _val_metrics_update(self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns, **expected) -> dict:
+        counts = expected["expected_acc_counts"]
+        return measure.evaluation_metrics(data_sources, sample_uids, reward_extra_infos_dict, counts)
+
     def _save_checkpoint(self) -> None:
+        if self.recorder is not None and not self.recorder.wants_checkpoint(self.global_steps):
+            return
         super()._save_checkpoint()
         if self.recorder is not None:
             self.recorder.checkpoint_saved(self.global_steps)

@@ -33,7 +33,9 @@ class Lab:
         """`klreg ...` as a process of its own."""
         command = [sys.executable, "-m", "klreg_verl.cli", *map(str, arguments)]
         output = subprocess.PIPE
-        return subprocess.Popen(command, cwd=cwd, env=self.environment, stdout=output, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command, cwd=cwd, env=self.environment, stdout=output, stderr=subprocess.STDOUT, text=True
+        )
 
     def klreg(self, *arguments: str | Path, cwd: Path = ROOT, timeout: float = 420) -> str:
         """Run to the end; the output, which must come with exit code 0."""

@@ -13,12 +13,15 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-
 from stack import ROOT, Lab, finish, metrics, remains, stack_processes
+
+from klreg_verl.experiment import plan, recipe
+from launch import inputs
 
 pytestmark = pytest.mark.timeout(900)
 
 QUICK = ROOT / "recipes" / "quickstart.yaml"
+ADVANTAGES = ROOT / "recipes" / "rloo_vs_grpo.yaml"
 SMALL = ["train.steps=2", "train.prompts_per_step=8", "train.responses_per_prompt=4", "train.warmup_steps=0"]
 LEAN = ["eval.before=false", "eval.every=0", "save.every=1"]
 
@@ -43,8 +46,8 @@ def test_three_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(la
         assert line[1]["kl_ref/k1_response"] == pytest.approx(0.0, abs=1e-4)  # step 1 is the starting policy
         assert line[2]["kl_ref/k3_token"] > 1e-7  # step 2 is not, in every arm
         assert abs(line[1]["kl_rollout/k1_token"]) < 1e-3  # vLLM and trainer agree
-        assert line[1]["kl/beta"] == (0.0 if arm == "none" else 0.1)
-    assert "[klreg] KL placement=loss estimator=k3 follows=forward beta=0.1" in log(folders["forward"])
+        assert line[1]["kl/beta"] == (0.0 if arm == "none" else 0.2)
+    assert "[klreg] KL placement=loss estimator=k3 follows=forward beta=0.2" in log(folders["forward"])
     for folder in folders.values():
         assert json.loads((folder / "state.json").read_text())["status"] == "done"
         assert json.loads((folder / "provenance.json").read_text())["versions"]["verl"] == "0.9.1"
@@ -62,8 +65,8 @@ def test_three_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(la
 def test_a_killed_run_resumes_and_repeats_what_was_not_saved(lab: Lab):
     overrides = [*SMALL, *LEAN, "train.steps=4", "save.every=2"]
     before = stack_processes()
-    process = lab.start("run", QUICK, *overrides, "--arm", "reverse")
-    folder = lab.folder("quickstart", "reverse")
+    process = lab.start("run", ADVANTAGES, *overrides, "--arm", "dr_grpo")
+    folder = lab.folder("rloo_vs_grpo", "dr_grpo")
     wait_for_step(folder, 3, process)
     driver = next(pid for pid, text in stack_processes().items() if pid not in before and "verl_hooks.main" in text)
     os.kill(driver, signal.SIGKILL)
@@ -73,7 +76,7 @@ def test_a_killed_run_resumes_and_repeats_what_was_not_saved(lab: Lab):
     assert not remains(before)
     lost = samples(folder, 3)["token_ids"].map(tuple).tolist()
 
-    lab.klreg("run", QUICK, *overrides, "--arm", "reverse")
+    lab.klreg("run", ADVANTAGES, *overrides, "--arm", "dr_grpo")
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
     discarded = [json.loads(line)["step"] for line in (folder / "attempts/2/discarded.jsonl").read_text().splitlines()]
     assert discarded[0] == 3
@@ -82,9 +85,12 @@ def test_a_killed_run_resumes_and_repeats_what_was_not_saved(lab: Lab):
     assert not remains(before)
 
 
-def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(lab: Lab, tmp_path: Path):
+def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A user's own project on two FSDP workers, while verl's own main runs with our hooks next to it."""
     project = users_project(tmp_path / "project", lab)
+    build_inputs(lab, monkeypatch)
     before = stack_processes()
     own = lab.start("run", "vowels.yaml", cwd=project)
     script = lab.klreg("plan", QUICK, *SMALL, *LEAN, "train.steps=1", "--as-verl", "forward")
@@ -95,11 +101,12 @@ def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(lab: Lab,
     assert [line["step"] for line in lines] == [1, 2]
     assert 0 < lines[0]["train/score"] < 1
     assert "diversity/coverage" not in lines[0] or lines[0]["diversity/coverage"] is None
-    shards = list((lab.folder("vowels", "forward", "vowels", 3) / "checkpoints/global_step_2/actor").glob("model*_rank_1.pt"))
-    assert len(shards) == 1  # the model really was sharded over two workers
+    assert list(lab.folder("vowels", "forward", "vowels", 3).glob("wandb/offline-run-*/run-*.wandb"))
+    actor = lab.folder("vowels", "forward", "vowels", 3) / "checkpoints" / "global_step_2" / "actor"
+    assert len(list(actor.glob("model*_rank_1.pt"))) == 1  # the model really was sharded over two workers
 
     output = finish(plain, timeout=600)
-    assert "[klreg] KL placement=loss estimator=k3 follows=forward beta=0.1" in output
+    assert "[klreg] KL placement=loss estimator=k3 follows=forward beta=0.2" in output
     assert "kl_ref/k1_response:" in output
     wait_until_gone(before)
 
@@ -121,14 +128,21 @@ def users_project(folder: Path, lab: Lab) -> Path:
     return folder
 
 
+def build_inputs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick study's data and model, which a plain verl command finds but does not build."""
+    specs = plan.expand(recipe.load(QUICK))
+    monkeypatch.setenv("KLREG_CACHE", str(lab.cache))
+    inputs.prepare(specs[0], lab.runs, print)
+
+
 def plain_verl(script: str, folder: Path, lab: Lab) -> subprocess.Popen[str]:
     """The stock command that `klreg plan --as-verl` prints, in a shell, on a Ray of its own."""
     folder.mkdir()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = lab.environment | {"PATH": path, "RAY_AUTH_MODE": "disabled"}
-    return subprocess.Popen(
-        ["bash", "-euc", script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    output = subprocess.PIPE
+    command = ["bash", "-euc", script]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
 
 
 def samples(folder: Path, step: int) -> pd.DataFrame:
