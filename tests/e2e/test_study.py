@@ -16,7 +16,7 @@ import pytest
 from stack import ROOT, Lab, finish, metrics, remains, stack_processes
 
 from klreg_verl.experiment import plan, recipe
-from launch import inputs
+from launch import guardian, inputs
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -27,7 +27,7 @@ LEAN = ["eval.before=false", "eval.every=0", "save.every=1"]
 
 
 def test_three_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(lab: Lab):
-    before = stack_processes()
+    before, segments = stack_processes(), shared_segments()
     output = lab.klreg("run", QUICK, *SMALL, "save.every=1")
     folders = {arm: lab.folder("quickstart", arm) for arm in ("none", "reverse", "forward")}
     lines = {arm: metrics(folder) for arm, folder in folders.items()}
@@ -55,6 +55,7 @@ def test_three_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(la
     assert (lab.runs / "quickstart" / "report.html").stat().st_size > 50_000
     assert "report:" in output
     assert not remains(before)
+    assert shared_segments() <= segments
 
     started = time.monotonic()
     again = lab.klreg("run", QUICK, *SMALL, "save.every=1")  # nothing is left to do
@@ -91,7 +92,7 @@ def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(
     """A user's own project on two FSDP workers, while verl's own main runs with our hooks next to it."""
     project = users_project(tmp_path / "project", lab)
     build_inputs(lab, monkeypatch)
-    before = stack_processes()
+    before, segments = stack_processes(), shared_segments()
     own = lab.start("run", "vowels.yaml", cwd=project)
     script = lab.klreg("plan", QUICK, *SMALL, *LEAN, "train.steps=1", "--as-verl", "forward")
     plain = plain_verl(script, tmp_path / "plain", lab)
@@ -105,10 +106,12 @@ def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(
     actor = lab.folder("vowels", "forward", "vowels", 3) / "checkpoints" / "global_step_2" / "actor"
     assert len(list(actor.glob("model*_rank_1.pt"))) == 1  # the model really was sharded over two workers
 
-    output = finish(plain, timeout=600)
+    assert plain.wait(timeout=600) == 0
+    output = (tmp_path / "plain" / "log").read_text()
     assert "[klreg] KL placement=loss estimator=k3 follows=forward beta=0.2" in output
     assert "kl_ref/k1_response:" in output
     wait_until_gone(before)
+    guardian.remove_unused(shared_segments() - segments)  # stock verl leaves vLLM's behind; our launcher does not
 
 
 def users_project(folder: Path, lab: Lab) -> Path:
@@ -135,14 +138,17 @@ def build_inputs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs.prepare(specs[0], lab.runs, print)
 
 
-def plain_verl(script: str, folder: Path, lab: Lab) -> subprocess.Popen[str]:
+def plain_verl(script: str, folder: Path, lab: Lab) -> subprocess.Popen[bytes]:
     """The stock command that `klreg plan --as-verl` prints, in a shell, on a Ray of its own."""
     folder.mkdir()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = lab.environment | {"PATH": path, "RAY_AUTH_MODE": "disabled"}
-    output = subprocess.PIPE
-    command = ["bash", "-euc", script]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
+    with open(folder / "log", "w") as output:  # a pipe that nobody reads fills up and stops verl
+        return subprocess.Popen(["bash", "-euc", script], cwd=folder, env=environment, stdout=output, stderr=output)
+
+
+def shared_segments() -> set[str]:
+    return {str(path) for path in Path("/dev/shm").iterdir()}
 
 
 def samples(folder: Path, step: int) -> pd.DataFrame:
