@@ -12,6 +12,7 @@ different items can have the same letters: no two items of the files do, within 
 
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -130,7 +131,9 @@ def _draw(split: str, size: int, first: int, seen: set[str], options: Palindrome
 
 def _items(first: int, limit: int, options: PalindromeOptions) -> Iterator[dict[str, Any]]:
     """Reasoning-gym's own items, drawn with the seeds seed + first, seed + first + 1, ..."""
-    import reasoning_gym
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it imports, at its first compilation
+        import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(
         "palindrome_generation",

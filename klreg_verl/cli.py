@@ -254,7 +254,11 @@ def _write_report_of(folder: Path, recipe_text: dict[str, Any]) -> None:
     from klreg_verl.analysis import runs as stored
 
     paths = reports.write_report(folder, recipe_text)
-    typer.echo("\n".join(["", *reports.summary_lines(stored.load(folder)), "", f"report: {paths.html}"]))
+    typer.echo(
+        "\n".join(
+            ["", *reports.summary_lines(stored.load(folder), recipe_text.get("arms", ())), "", f"report: {paths.html}"]
+        )
+    )
 
 
 def _show_dry_run(findings: list[Any], specs: list[RunSpec], root: Path, platform: str) -> None:

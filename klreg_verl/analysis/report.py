@@ -97,9 +97,9 @@ def read_study(recipe_dir: Path, recipe_text: Mapping[str, Any]) -> Study:
     )
 
 
-def summary_lines(runs: Sequence[Run]) -> list[str]:
-    """At most 15 lines for a terminal: a row a setting, and which runs are not done."""
-    groups = group_runs(runs)
+def summary_lines(runs: Sequence[Run], arms: Sequence[str] = ()) -> list[str]:
+    """At most 15 lines for a terminal: a row a setting, in the order of `arms`, and which runs are not done."""
+    groups = group_runs(runs, arms)
     shown = groups[: MAX_LINES - 5]
     columns = [column for column in recorded_columns(groups) if column.slug in TERMINAL_COLUMNS]
     header = ["arm", "gradient follows", *(column.name for column in columns), "steps", "± over"]
