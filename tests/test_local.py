@@ -237,9 +237,19 @@ def test_the_sessions_environment_is_the_users_with_the_platforms_defaults_under
 # ---------------------------------------------------------------------------------------------------- signals
 
 
+@pytest.fixture
+def heard():
+    """No signal is ignored from outside: a background job may start with SIGINT ignored, nohup's with SIGHUP."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_marks_the_run_interrupted_and_a_second_one_does_not_disturb_the_clean_up(
-    spec, files, tmp_path, number
+    spec, files, tmp_path, number, heard
 ):
     here, seen = Here("step(1); time.sleep(100)"), Seen()
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
