@@ -200,3 +200,15 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+HOLDER = """
+import sys, time
+from klreg_verl.experiment.store import RunFolder
+folder = RunFolder(sys.argv[1])
+with folder.lock():
+    folder.set_state("running")
+    print("held", flush=True)
+    time.sleep(100)
+"""
+"""A program that works in the run folder it is given, until it is killed; it says "held" once it does."""

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 from click.testing import Result
-from run_folders import write_run, write_study
+from run_folders import HOLDER, write_run, write_study
 from typer.testing import CliRunner
 
 from data_prep import palindrome, tiny_model
@@ -411,16 +411,7 @@ def test_a_run_folder_of_another_recipe(klreg: Klreg, study: Path):
 def test_a_second_run_in_the_same_folder(klreg: Klreg, study: Path):
     spec = plan.expand(recipe.load(study))[0]
     folder = RunFolder(study.parent / "runs" / "study" / spec.run_id)
-    code = """
-import sys, time
-from klreg_verl.experiment.store import RunFolder
-folder = RunFolder(sys.argv[1])
-with folder.lock():
-    folder.set_state("running")
-    print("held", flush=True)
-    time.sleep(100)
-"""
-    command = [sys.executable, "-c", code, str(folder.path)]
+    command = [sys.executable, "-c", HOLDER, str(folder.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
         try:
             assert holder.stdout is not None and holder.stdout.readline() == "held\n"

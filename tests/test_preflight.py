@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from run_folders import HOLDER
 
 from klreg_verl.experiment import plan, recipe
 from klreg_verl.experiment.plan import RunSpec
@@ -121,16 +122,7 @@ def test_a_folder_of_another_run_is_refused_also_when_that_run_is_done(spec: Run
 
 def test_a_folder_that_a_living_process_works_in_is_refused_and_free_after_its_death(spec: RunSpec, tmp_path: Path):
     folder = inputs.run_folder(spec, tmp_path / "runs")
-    code = """
-import sys, time
-from klreg_verl.experiment.store import RunFolder
-folder = RunFolder(sys.argv[1])
-with folder.lock():
-    folder.set_state("running")
-    print("held", flush=True)
-    time.sleep(100)
-"""
-    holder = subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder.path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on .*Wait for it or stop it"):
