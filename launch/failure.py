@@ -10,6 +10,8 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.session import End
+
 TRACEBACK = "Traceback (most recent call last):"
 _STARTS = (TRACEBACK, "raised in its creation task", "Unhandled error (suppress")
 """What comes before the frames; the latter two are Ray's."""
@@ -30,17 +32,18 @@ class Line:
     text: str
 
 
-def reason(log: Path, code: int | None) -> str:
+def reason(log: Path, end: End) -> str:
     """One line: the first error that a traceback of the log ends in, or how the driver ended; both if it was killed."""
     error = first_error(clean(log))
-    if code is not None and code < 0:
-        return exit_reason(code) + (f"; the first error in its log: {error}" if error else "")
-    return error or exit_reason(code)
+    killed = end.lost or (exit_reason(end.code) if end.code < 0 else None)
+    if killed:
+        return killed + (f"; the first error in its log: {error}" if error else "")
+    return error or exit_reason(end.code)
 
 
-def exit_reason(code: int | None) -> str:
+def exit_reason(code: int) -> str:
     """An exit code in words."""
-    if code is not None and code < 0:
+    if code < 0:
         names = {number.value: number.name for number in signal.Signals}
         return f"the driver was killed by {names.get(-code, f'signal {-code}')}"
     if code == 0:

@@ -6,7 +6,7 @@ their shared memory and its folder, and exits. It is two processes, a keeper and
 cleans up when the other is gone. So nothing outlives a study, not even after kill -9 of `klreg run` or of either.
 
 Messages are one JSON object a line. In: {"run": argv, "environment": {...}, "log": path}.
-Out: {"ready": address} or {"failed": reason}, then {"exit": code} after each run.
+Out: {"ready": address} or {"failed": reason}, then {"exit": code, "lost": reason or null} after each run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import getpass
 import json
 import os
 import re
@@ -36,7 +37,9 @@ PR_SET_CHILD_SUBREAPER = 36
 GRACE_SECONDS = 3.0
 START_SECONDS = 90.0
 POLL_SECONDS = 0.1
-SEGMENT_SECONDS = 5.0
+ENGINE_SECONDS = 20.0
+"""How long a driver may go on without a vLLM engine that it had; at a run's normal end it is a few."""
+LOOK_SECONDS = 2.0
 RAY_SLOTS = 16
 """Ray's CPUs are slots here: each TransferQueue actor takes one, and with too few a run waits for ever."""
 
@@ -91,6 +94,47 @@ def _mapped(pid: int) -> set[str]:
 _SEGMENT = re.compile(rb"(/dev/shm/\S+)$", re.MULTILINE)  # an unlinked one is followed by " (deleted)"
 
 
+class EngineWatch:
+    """Notices that a vLLM engine of the run is gone: verl waits for its answers for ever."""
+
+    def __init__(self) -> None:
+        self.engines: set[psutil.Process] = set()
+        self.missed: dict[psutil.Process, float] = {}
+        self.next_look = 0.0
+
+    def lost(self) -> str | None:
+        """Why the run cannot go on, once an engine has been gone for ENGINE_SECONDS."""
+        now = time.monotonic()
+        if now < self.next_look:
+            return None
+        self.next_look = now + LOOK_SECONDS
+        self.engines.update(filter(_is_engine, descendants()))
+        for engine in self.engines:
+            if not _is_alive(engine):
+                self.missed.setdefault(engine, now)
+        overdue = [engine.pid for engine, since in self.missed.items() if now - since > ENGINE_SECONDS]
+        return LOST_ENGINE.format(pid=overdue[0]) if overdue else None
+
+
+LOST_ENGINE = (
+    "vLLM's engine (pid {pid}) was killed, perhaps by the system for want of memory; verl would wait for it for ever, "
+    "so the run was stopped"
+)
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline()).startswith("VLLM::EngineCore")
+    return False
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Running, and not only a zombie that its parent has not asked about."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 class Guardian:
     """One Ray head, and one run at a time on it."""
 
@@ -99,6 +143,8 @@ class Guardian:
         self.environment = os.environ | session_environment(self.folder)
         self.gpus, self.object_store_bytes = gpus, object_store_bytes
         self.driver: subprocess.Popen[bytes] | None = None
+        self.engines = EngineWatch()
+        self.lost: str | None = None
         self.lasting: set[psutil.Process] = set()
         self.keeper = os.getpid()
         self.segments = self.folder / "segments"
@@ -124,6 +170,7 @@ class Guardian:
 
     def start_run(self, argv: list[str], environment: dict[str, str], log: str) -> None:
         """Start a run's driver; its output goes to `log`."""
+        self.engines, self.lost = EngineWatch(), None
         with open(log, "ab") as out:
             self.driver = subprocess.Popen(
                 argv, env=self.environment | environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
@@ -131,11 +178,19 @@ class Guardian:
 
     def finished_run(self) -> int | None:
         """The driver's exit code once it has ended and its workers are gone."""
+        self.stop_run_without_engine()
         code = self.driver.poll() if self.driver else None
         if code is not None:
             self.driver = None
             self.sweep()
         return code
+
+    def stop_run_without_engine(self) -> None:
+        """End the driver when vLLM's engine was lost; `lost` says so."""
+        if self.driver and not self.lost:
+            self.lost = self.engines.lost()
+            if self.lost:
+                self.driver.kill()  # inside ray.get it would not hear anything gentler; `sweep` ends what is below it
 
     def note_segments(self) -> None:
         """Write down which shared memory is ours: vLLM's engine leaves its own behind when its actor is killed."""
@@ -196,6 +251,7 @@ def session_environment(folder: Path) -> dict[str, str]:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     return {
+        **temporary_files(folder),
         "KLREG_SESSION_DIR": str(folder),
         "RAY_AUTH_MODE": "token",  # with ~/.ray/auth_token present, Ray >= 2.59 mixes modes and never forms a cluster
         "RAY_AUTH_TOKEN_PATH": str(token),
@@ -206,6 +262,14 @@ def session_environment(folder: Path) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def temporary_files(folder: Path) -> dict[str, str]:
+    """Sockets and lock files that vLLM and verl leave behind go with the folder; compiled kernels stay."""
+    kept = {name: os.environ[name] for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR") if name in os.environ}
+    compiled = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    ours = {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(compiled), "VLLM_RPC_BASE_PATH": str(folder)}
+    return ours | kept
 
 
 def ray_command(folder: Path, gpus: int | None, object_store_bytes: int | None) -> list[str]:
@@ -240,7 +304,7 @@ def serve(guardian: Guardian) -> None:
         guardian.note_segments()
         code = guardian.finished_run()
         if code is not None:
-            say(exit=code)
+            say(exit=code, lost=guardian.lost)
 
 
 def obey(guardian: Guardian, message: dict[str, Any]) -> None:

@@ -107,17 +107,17 @@ def _watch(
     argv.append(f"hydra.run.dir={attempt / 'hydra'}")
     try:
         session.start(argv, environment, log)
-        code = None
+        end = None
         shown = _last_step(folder)
-        while code is None:
-            code = session.wait(LOOK_SECONDS)
+        while end is None:
+            end = session.wait(LOOK_SECONDS)
             shown = _show_new(spec, folder, shown, display)
     except Interrupted:
         folder.set_state("interrupted", reason="stopped by a signal", step=folder.last_step())
         raise
-    if code == 0 and folder.last_step() == spec.train.steps:
+    if end.code == 0 and folder.last_step() == spec.train.steps:
         return Outcome(spec=spec, status="done")
-    return Outcome(spec=spec, status="failed", reason=failure.reason(log, code))
+    return Outcome(spec=spec, status="failed", reason=failure.reason(log, end))
 
 
 def _show_new(spec: RunSpec, folder: RunFolder, shown: int, display: Display) -> int:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from select import select
 from typing import Any
@@ -20,6 +21,15 @@ from launch import guardian
 
 CLOSE_SECONDS = 30.0
 GONE = "The process that holds Ray and its workers was killed. Run the same command again."
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run's driver ended."""
+
+    code: int
+    lost: str | None = None
+    """Why the guardian had to end it, if it had to."""
 
 
 class Session:
@@ -35,14 +45,14 @@ class Session:
         variables = {"RAY_ADDRESS": self.address, **environment}
         self._send(run=argv, environment=variables, log=str(log))
 
-    def wait(self, seconds: float) -> int | None:
-        """The run's exit code if it ends within `seconds`, else None.
+    def wait(self, seconds: float) -> End | None:
+        """How the run ended, if it ends within `seconds`, else None.
 
         Raises:
             RuntimeError: the guardian itself is gone.
         """
         message = self._receive(seconds)
-        return None if message is None else message["exit"]
+        return None if message is None else End(message["exit"], message["lost"])
 
     def _send(self, **message: Any) -> None:
         assert self._process.stdin is not None

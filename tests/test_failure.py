@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import failure
+from launch.session import End
 
 CYAN, OFF = "\x1b[36m", "\x1b[0m"
 
@@ -112,12 +113,12 @@ def log(tmp_path: Path):
     ],
 )
 def test_the_reason_is_the_first_error_that_matters(log, text: str, error: str):
-    assert failure.reason(log(text), 1) == error
+    assert failure.reason(log(text), End(1)) == error
 
 
 def test_the_end_of_the_actors_own_report_counts_where_the_driver_wrote_none(log):
     own = "".join(line + "\n" for line in ACTOR_THAT_CANNOT_BE_MADE.splitlines() if "(Inner pid" in line[:20])
-    assert failure.reason(log(own), 1) == "RuntimeError: cannot build"
+    assert failure.reason(log(own), End(1)) == "RuntimeError: cannot build"
 
 
 @pytest.mark.parametrize(
@@ -131,15 +132,21 @@ def test_the_end_of_the_actors_own_report_counts_where_the_driver_wrote_none(log
     ],
 )
 def test_without_a_traceback_the_way_it_ended_is_said(log, code: int, words: str):
-    assert failure.reason(log("step:1\n"), code) == words
-    assert failure.reason(log("step:1\n").with_name("absent"), code) == words
-    assert failure.reason(log(IGNORED), code) == words  # Python prints those at every shutdown
+    assert failure.reason(log("step:1\n"), End(code)) == words
+    assert failure.reason(log("step:1\n").with_name("absent"), End(code)) == words
+    assert failure.reason(log(IGNORED), End(code)) == words  # Python prints those at every shutdown
 
 
 def test_a_killed_driver_says_so_first_whatever_the_log_has(log):
-    assert failure.reason(log(CHAINED), -9) == (
+    assert failure.reason(log(CHAINED), End(-9)) == (
         "the driver was killed by SIGKILL; the first error in its log: KeyError: 'beta'"
     )
+
+
+def test_a_lost_engine_is_the_reason_and_not_how_the_driver_was_then_ended(log):
+    end = End(-15, "vLLM's engine (pid 7) was killed")
+    assert failure.reason(log("step:1\n"), end) == "vLLM's engine (pid 7) was killed"
+    assert failure.reason(log(CHAINED), end).endswith("was killed; the first error in its log: KeyError: 'beta'")
 
 
 def test_the_excerpt_is_one_processs_traceback_without_prefixes_and_colours(log):
@@ -163,4 +170,4 @@ def test_a_traceback_cut_off_by_a_kill_and_bytes_that_are_no_text_are_survived(l
     path = log("")
     path.write_bytes(b"\xff\xfe\nTraceback (most recent call last):\n  File x\n")
     assert failure.excerpt(path) == ["Traceback (most recent call last):", "  File x"]
-    assert failure.reason(path, 1) == "the driver ended with exit code 1 and left no traceback"
+    assert failure.reason(path, End(1)) == "the driver ended with exit code 1 and left no traceback"

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from launch import guardian
-from launch.session import Session
+from launch.session import End, Session
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -29,6 +29,7 @@ def work(held):
     guardian.serve(held)
 
 guardian.end.__defaults__ = (0.5,)  # seconds of grace; the stubborn process takes all of them
+guardian.LOOK_SECONDS, guardian.ENGINE_SECONDS = 0.1, 3.0
 guardian.hold(guardian.Guardian(None, None), work)
 """
 """The guardian without Ray."""
@@ -36,7 +37,7 @@ guardian.hold(guardian.Guardian(None, None), work)
 ASKER = """
 import subprocess, sys
 from pathlib import Path
-from launch.session import Session
+from launch.session import End, Session
 
 code, tree, folder = sys.argv[1:]
 pipe = subprocess.PIPE
@@ -242,7 +243,7 @@ def test_what_a_run_leaves_behind_is_ended_before_its_exit_code_is_told(session:
     tree = [psutil.Process(int(f.read_text())) for f in files]
     assert session.wait(0.2) is None  # still running
     (tmp_path / "end").touch()
-    assert session.wait(20) == 7
+    assert session.wait(20) == End(7)
     assert not any(map(is_alive, tree))
     assert not Path("/dev/shm", (tmp_path / "segment").read_text()).exists()
 
@@ -251,13 +252,54 @@ def test_runs_follow_each_other_with_their_own_log_and_environment(session: Sess
     code = "import os, sys; print(os.environ['RAY_ADDRESS'], os.environ['NAME']); sys.exit(int(os.environ['NAME']))"
     for name in ("3", "4"):
         session.start([sys.executable, "-c", code], {"NAME": name}, tmp_path / name)
-        assert session.wait(20) == int(name)
+        assert session.wait(20) == End(int(name))
         assert (tmp_path / name).read_text() == f"an address {name}\n"
 
 
 def test_a_driver_that_is_killed_reports_the_signal(session: Session, tmp_path: Path):
     session.start([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], {}, tmp_path / "log")
-    assert session.wait(20) == -signal.SIGKILL
+    assert session.wait(20) == End(-signal.SIGKILL)
+
+
+ENGINE = """
+import os, signal, sys, time
+from pathlib import Path
+from setproctitle import setproctitle
+
+if os.fork() == 0:
+    setproctitle("VLLM::EngineCore")
+    time.sleep(1000)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a driver deep inside ray.get
+Path(sys.argv[1]).write_text("started")
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def engine_of(session: Session, tmp_path: Path, driver_seconds: float) -> psutil.Process:
+    """A driver with a vLLM engine that it waits for and never reaps; the engine."""
+    pytest.importorskip("setproctitle")
+    session.start([sys.executable, "-c", ENGINE, str(tmp_path / "started"), str(driver_seconds)], {}, tmp_path / "log")
+    wait_for((tmp_path / "started").exists, "the driver")
+    below = psutil.Process(session._process.pid).children(recursive=True)
+    wait_for(lambda: any(map(guardian._is_engine, below)), "the engine")
+    assert session.wait(0.5) is None  # long enough to be seen
+    return next(filter(guardian._is_engine, below))
+
+
+def test_a_run_whose_vllm_engine_was_killed_is_stopped_and_told_why(session: Session, tmp_path: Path):
+    engine = engine_of(session, tmp_path, driver_seconds=1000)
+    engine.kill()
+    end = session.wait(20)
+    assert end is not None
+    assert end.code == -signal.SIGKILL
+    assert end.lost is not None
+    assert f"vLLM's engine (pid {engine.pid}) was killed" in end.lost
+
+
+def test_an_engine_that_ends_shortly_before_its_driver_is_a_normal_end(session: Session, tmp_path: Path):
+    engine = engine_of(session, tmp_path, driver_seconds=3.0)
+    engine.kill()
+    assert session.wait(20) == End(0)
 
 
 def test_a_run_that_cannot_start_is_told_and_ends_the_session(session: Session, tmp_path: Path):

@@ -281,6 +281,60 @@ def test_a_request_carries_its_seed_and_asks_for_the_final_output_only(monkeypat
     assert given == {"temperature": 1.0}  # shared by all requests of a batch
 
 
+class Balancer:
+    """What stands behind verl's handle of its balancer: `handle.method.remote(...)`, awaited or not."""
+
+    def __init__(self, *servers: str) -> None:
+        self.servers, self.calls = servers, []
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda **given: self._answer(method, given))
+
+    def _answer(self, method: str, given: dict[str, Any]) -> Any:
+        self.calls.append(method)
+        answers = {"get_all_servers": list(self.servers), "acquire_server": (self.servers[0], "handle")}
+        future = asyncio.get_running_loop().create_future()
+        future.set_result(answers.get(method, []))
+        return future
+
+
+def acquired(*servers: str, times: int) -> tuple[list[Any], list[str]]:
+    """What `times` requests at once were given, and the calls that the balancer got."""
+    balancer = Balancer(*servers)
+
+    async def ask() -> list[Any]:
+        client = hook("sampling").OneServerClient(None, balancer)
+        given = await asyncio.gather(*(client._acquire_server(str(number)) for number in range(times)))
+        for number in range(times):
+            client._release_server(given[number][0], str(number))
+        return list(given)
+
+    return asyncio.run(ask()), balancer.calls
+
+
+def test_one_server_is_asked_for_once_and_several_are_balanced_as_verl_does():
+    given, calls = acquired("a", times=3)
+    assert given == [("a", "handle")] * 3
+    assert (calls.count("acquire_server"), calls.count("release_server")) == (1, 0)
+    _, calls = acquired("a", "b", times=3)
+    assert (calls.count("acquire_server"), calls.count("release_server")) == (3, 3)
+
+
+def test_a_prompt_is_tokenized_once_and_nobody_can_change_what_is_remembered():
+    built: list[Any] = []
+
+    def build(messages: list[dict[str, str]], **media: Any) -> list[int]:
+        built.append(messages)
+        return [len(built), len(messages)]
+
+    tokens = hook("sampling").remembered(build, kept=2)
+    first, second = [{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]
+    tokens(first).append(99)
+    assert (tokens(first), tokens(second), tokens(first)) == ([1, 1], [2, 1], [1, 1])
+    assert tokens([{"role": "user", "content": "c"}]) == [3, 1]  # no room for a third: all are dropped
+    assert tokens(first) == [4, 1]
+
+
 # --------------------------------------------------------------------------------------------------------- trainer
 
 

@@ -23,6 +23,7 @@ from klreg_verl.experiment.store import RunFolder
 from klreg_verl.verl_hooks import cpu, overrides
 from launch import inputs, local
 from launch.local import Interrupted, Outcome
+from launch.session import End
 
 RECIPE = """\
 question: q
@@ -69,10 +70,10 @@ class Here:
                 [sys.executable, "-c", HEAD + self.code], env={**os.environ, **environment}, stdout=out, stderr=out
             )
 
-    def wait(self, seconds: float) -> int | None:
+    def wait(self, seconds: float) -> End | None:
         assert self.process is not None
         try:
-            return self.process.wait(seconds)
+            return End(self.process.wait(seconds))
         except subprocess.TimeoutExpired:
             return None
 

@@ -16,7 +16,7 @@ import pytest
 
 from launch import session as sessions
 from launch.guardian import below
-from launch.session import Session, ray_session
+from launch.session import End, Session, ray_session
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -47,14 +47,14 @@ def started() -> Iterator[list[subprocess.Popen[bytes]]]:
 def test_messages_that_arrive_together_or_in_pieces_are_read_one_by_one(started):
     code = """
 import os, time
-os.write(1, b'{"exit": 1}\\n{"exit": 2}\\n{"exit"')
+os.write(1, b'{"exit": 1, "lost": null}\\n{"exit": 2, "lost": null}\\n{"exit"')
 time.sleep(0.3)
-os.write(1, b': 3}\\n')
+os.write(1, b': 3, "lost": "killed"}\\n')
 time.sleep(60)
 """
     started.append(stand_in(code))
     session = Session(started[0], "")
-    assert [session.wait(20) for _ in range(3)] == [1, 2, 3]
+    assert [session.wait(20) for _ in range(3)] == [End(1), End(2), End(3, "killed")]
     assert session.wait(0.05) is None
 
 
@@ -105,8 +105,8 @@ print(ray.get(where.remote()), ray.cluster_resources()["GPU"], ray.get_runtime_c
 def run(session: Session, log: Path) -> list[str]:
     """The words of PROGRAM's last line, run on a session."""
     session.start([sys.executable, "-c", PROGRAM], {}, log)
-    code = session.wait(90)
-    assert code == 0, log.read_text()
+    end = session.wait(90)
+    assert end == End(0), log.read_text()
     return log.read_text().splitlines()[-1].split()
 
 

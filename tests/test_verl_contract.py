@@ -49,6 +49,7 @@ class Touch:
 
 BASE, SYNC = "verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.v1.trainer_sync"
 AGENT, VLLM_ROLLOUT = "verl.experimental.agent_loop", "verl.workers.rollout.vllm_rollout"
+SERVER = "verl.workers.rollout.llm_server:LLMServerClient"
 MICRO_BATCH = ("model_output", "data", "dp_group")
 STEP = ("batch", "metrics")
 
@@ -113,6 +114,8 @@ TOUCHES = [
         ("verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ.create", "builds the manager by its class name"),
         (f"{AGENT}.single_turn_agent_loop:SingleTurnAgentLoop.run", "samples one response", "sampling_params"),
         (f"{AGENT}.agent_loop:AgentLoopBase.__init__", "gives the loop data.seed", "data_config"),
+        (f"{SERVER}._acquire_server", "asks the balancer for a server, which one server needs once", "request_id"),
+        (f"{SERVER}._release_server", "tells the balancer, for which one server has no use", "server_id", "request_id"),
         (f"{AGENT}.agent_loop:AgentLoopOutput", "is what a loop returns"),
         ("vllm.sampling_params:RequestOutputKind.FINAL_ONLY", "saves a message per token"),
         ("vllm.sampling_params:SamplingParams", "takes a seed per request", "seed", "output_kind"),
@@ -131,6 +134,11 @@ TOUCHES = [
             f"{VLLM_ROLLOUT}.utils:vLLMColocateWorkerExtension._update_weights",
             "gets copies of the received weights",
             "weights",
+        ),
+        (
+            "vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
+            "spins on a core that others need",
+            "timeout_ms",
         ),
         (
             "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
@@ -371,7 +379,7 @@ def test_verls_padding_rows_are_tagged_and_fully_masked():
 
 
 def test_verl_loads_our_manager_and_our_loop_by_name():
-    from hydra.utils import get_class
+    from hydra.utils import get_method
 
     from klreg_verl.verl_hooks import sampling
 
@@ -379,7 +387,7 @@ def test_verl_loads_our_manager_and_our_loop_by_name():
     assert load(sampling.MANAGER, "AgentLoopManager") is sampling.SeededAgentLoopManager
     (entry,) = OmegaConf.load(resolve("verl.utils.import_utils:resolve_config_path")(str(sampling.AGENT_CONFIG)))
     assert entry.name == sampling.AGENT_NAME
-    assert get_class(entry["_target_"]) is sampling.SeededSingleTurn
+    assert get_method(entry["_target_"]) is sampling.single_turn
     assert '"agent_name" not in batch' in source("verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ")
 
 
@@ -458,6 +466,8 @@ def test_the_cpu_patches_are_in_place_once_their_modules_are_imported():
     utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     assert layer.weight is weight
     torch.testing.assert_close(utils.cpu_unquantized_gemm(layer, torch.ones(1, 2), weight, None), weight.sum(1)[None])
+    broadcast = importlib.import_module("vllm.distributed.device_communicators.shm_broadcast")
+    assert broadcast.SpinCondition.wait.__module__ == "klreg_verl.verl_hooks.cpu"
     assert importlib.import_module("verl.third_party.vllm").package_version, "verl asks for the distribution vllm"
 
 

@@ -44,6 +44,7 @@ def activate() -> None:
     after_import("verl.workers.engine.fsdp.transformer_impl", _never_pin_memory)
     after_import("verl.workers.rollout.vllm_rollout.utils", _copy_received_weights)
     after_import("vllm.model_executor.layers.utils", _keep_linear_weights)
+    after_import("vllm.distributed.device_communicators.shm_broadcast", _never_spin)
 
 
 class _VllmDistribution(importlib.metadata.Distribution):
@@ -215,3 +216,15 @@ def _keep_linear_weights(module: ModuleType) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     module.dispatch_cpu_unquantized_gemm = plain_linear
+
+
+def _never_spin(module: ModuleType) -> None:
+    """vLLM's worker spins for a second after each message, on a core that the rest of the step needs. (vLLM.)"""
+    condition = module.SpinCondition
+    original = condition.wait
+
+    def wait(self, timeout_ms=None):
+        self.busy_loop_s = 0.0
+        return original(self, timeout_ms)
+
+    condition.wait = wait

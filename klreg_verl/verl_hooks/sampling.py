@@ -1,12 +1,15 @@
-"""A seed for every sampling request, hashed from (run seed, step, prompt index, sample index).
+"""A seed for every sampling request, hashed from (run seed, step, prompt index, sample index); and no work twice.
 
 verl's own full_determinism gives every sample of a prompt the same seed, so that groups collapse; without it a request
-has none, and a resumed run draws other tokens. The trainer puts both classes here in verl's settings.
+has none, and a resumed run draws other tokens. verl also makes a loop, tokenizes the prompt and asks which server is
+free anew for every sample: a third of a tiny model's time. The trainer puts what is here in verl's settings.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
+from verl.workers.rollout.llm_server import LLMServerClient
 
 SEED_KEY = "klreg_seed_key"
 AGENT_NAME = "klreg_single_turn"
@@ -55,6 +59,13 @@ class SeededAgentLoopManager(AgentLoopManagerTQ):
 class SeededSingleTurn(SingleTurnAgentLoop):
     """verl's single-turn loop with a seed; asks vLLM for the final output only, not for one message per token."""
 
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        if self.processor is None:  # images are worth a thread, a prompt's text is not
+            self.loop = _Inline()
+            builder = self.continuous_token_builder
+            builder.build_initial_tokens = remembered(builder.build_initial_tokens)
+
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         from vllm.sampling_params import RequestOutputKind  # seconds to import, and the trainer does without
 
@@ -62,3 +73,60 @@ class SeededSingleTurn(SingleTurnAgentLoop):
         seed = request_seed(run_seed, kwargs[SEED_KEY], kwargs["session_id"])
         seeded = sampling_params | {"seed": seed, "output_kind": RequestOutputKind.FINAL_ONLY}
         return await super().run(seeded, **kwargs)
+
+
+_loops: dict[LLMServerClient, SeededSingleTurn] = {}
+
+
+def single_turn(*, server_manager: LLMServerClient, **parts: Any) -> SeededSingleTurn:
+    """What verl calls for every sample: the worker's one loop, which keeps nothing of a sample."""
+    if server_manager not in _loops:
+        _loops[server_manager] = SeededSingleTurn(server_manager=lean_client(server_manager), **parts)
+    return _loops[server_manager]
+
+
+def lean_client(client: LLMServerClient) -> LLMServerClient:
+    """verl's own client spared the balancer; any other is left as it is."""
+    return OneServerClient(client.config, client._load_balancer) if type(client) is LLMServerClient else client
+
+
+class OneServerClient(LLMServerClient):
+    """Where there is one vLLM server, nothing is to be balanced: two remote calls less for every sample."""
+
+    _server: asyncio.Future[tuple[str, Any] | None] | None = None
+
+    async def _acquire_server(self, request_id: str, **extra: Any) -> tuple[str, Any]:
+        if self._server is None:
+            self._server = asyncio.ensure_future(self._only_server(request_id, **extra))
+        return await self._server or await super()._acquire_server(request_id, **extra)
+
+    def _release_server(self, server_id: str, request_id: str | None = None) -> None:
+        if self._server is None or self._server.result() is None:
+            super()._release_server(server_id, request_id)
+
+    async def _only_server(self, request_id: str, **extra: Any) -> tuple[str, Any] | None:
+        """The server and its handle; None if there are several. Servers come and go in asynchronous training only."""
+        servers = await self._load_balancer.get_all_servers.remote()
+        return await super()._acquire_server(request_id, **extra) if len(servers) == 1 else None
+
+
+class _Inline:
+    """Stands where verl's loop hands work to a thread: what takes microseconds is done at once."""
+
+    async def run_in_executor(self, executor: None, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+def remembered(build: Callable[..., list[int]], kept: int = 1024) -> Callable[..., list[int]]:
+    """`build(messages, ...)` with the last results kept, since a prompt is sampled several times."""
+    known: dict[str, list[int]] = {}
+
+    def tokens(messages: list[dict[str, Any]], **media: Any) -> list[int]:
+        key = repr(messages)
+        if key not in known:
+            if len(known) >= kept:
+                known.clear()
+            known[key] = build(messages, **media)
+        return list(known[key])
+
+    return tokens

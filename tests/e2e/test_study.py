@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -63,25 +64,28 @@ def test_three_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(la
     assert time.monotonic() - started < 60
 
 
-def test_a_killed_run_resumes_and_repeats_what_was_not_saved(lab: Lab):
-    overrides = [*SMALL, *LEAN, "train.steps=4", "save.every=2"]
+def test_a_run_whose_driver_and_then_whose_vllm_is_killed_resumes_and_repeats_what_was_not_saved(lab: Lab):
+    command = ["run", ADVANTAGES, *SMALL, *LEAN, "train.steps=4", "save.every=2", "--arm", "dr_grpo"]
     before = stack_processes()
-    process = lab.start("run", ADVANTAGES, *overrides, "--arm", "dr_grpo")
     folder = lab.folder("rloo_vs_grpo", "dr_grpo")
-    wait_for_step(folder, 3, process)
-    driver = next(pid for pid, text in stack_processes().items() if pid not in before and "verl_hooks.main" in text)
-    os.kill(driver, signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "SIGKILL" in output
-    assert not remains(before)
-    lost = samples(folder, 3)["token_ids"].map(tuple).tolist()
+    lost = []
+    for attempt, (victim, reason) in enumerate([("verl_hooks.main", "SIGKILL"), ("VLLM::EngineCore", "vLLM's engine")]):
+        process = lab.start(*command)
+        wait_for_step(folder, 3, process, attempt + 1)
+        kill_9(victim, before)
+        output, _ = process.communicate(timeout=180)
+        assert process.returncode == 1
+        assert reason in output
+        assert not remains(before)
+        lost.append(samples(folder, 3)["token_ids"].map(tuple).tolist())
 
-    lab.klreg("run", ADVANTAGES, *overrides, "--arm", "dr_grpo")
+    lab.klreg(*command)
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
-    discarded = [json.loads(line)["step"] for line in (folder / "attempts/2/discarded.jsonl").read_text().splitlines()]
-    assert discarded[0] == 3
-    assert samples(folder, 3)["token_ids"].map(tuple).tolist() == lost  # same data, same seeds, same weights
+    for attempt in (2, 3):
+        discarded = (folder / f"attempts/{attempt}/discarded.jsonl").read_text().splitlines()
+        assert json.loads(discarded[0])["step"] == 3
+    again = samples(folder, 3)["token_ids"].map(tuple).tolist()
+    assert lost == [again, again]  # same data, same seeds, same weights
     assert sorted(p.name for p in (folder / "checkpoints").glob("global_step_*")) == ["global_step_2", "global_step_4"]
     assert not remains(before)
 
@@ -159,14 +163,31 @@ def log(folder: Path) -> str:
     return (folder / "latest" / "log").read_text()
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], timeout: float = 300) -> None:
+def kill_9(what: str, before: Mapping[int, str]) -> None:
+    os.kill(next(pid for pid, text in stack_processes().items() if pid not in before and what in text), signal.SIGKILL)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], attempt: int) -> None:
+    """Until the attempt has written the step; one that resumes first takes back what an earlier one had written."""
+    if attempt > 1:
+        wait_for(lambda: (folder / "attempts" / str(attempt) / "discarded.jsonl").exists(), process)
+        wait_for(lambda: last_step(folder) < step, process)
+    wait_for(lambda: last_step(folder) >= step, process)
+
+
+def last_step(folder: Path) -> int:
+    lines = metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    return lines[-1]["step"] if lines else 0
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "metrics.jsonl").exists() and metrics(folder)[-1]["step"] >= step:
+        if condition():
             return
-        time.sleep(0.2)
+        time.sleep(0.1)
     process.kill()
-    pytest.fail(f"step {step} was not reached:\n{process.communicate()[0][-4000:]}")
+    pytest.fail(f"not reached:\n{process.communicate()[0][-4000:]}")
 
 
 def wait_until_gone(before: dict[int, str], timeout: float = 30) -> None:
