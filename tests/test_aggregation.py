@@ -1,9 +1,18 @@
 """klreg_verl.core.aggregation: closed forms, masked equals sliced, NaN under the mask."""
 
+import math
+
 import pytest
 import torch
 
-from klreg_verl.core.aggregation import group_sum, leave_one_out_mean, masked_mean, masked_sum, response_sum
+from klreg_verl.core.aggregation import (
+    group_sum,
+    leave_one_out_mean,
+    leave_one_out_mean_per_position,
+    masked_mean,
+    masked_sum,
+    response_sum,
+)
 
 VALUES = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
 MASK = torch.tensor([[True, True, False], [True, False, False]])
@@ -53,6 +62,26 @@ def test_rows_that_do_not_count_are_nobodys_sibling():
     # without the 6: the siblings of 1 are {2}, of 2 are {1}; the excluded row itself still sees both, (1 + 2) / 2
     values, counts = torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([True, True, False])
     assert leave_one_out_mean(values, torch.zeros(3, dtype=torch.int64), counts).tolist() == [2.0, 1.0, 1.5]
+
+
+def test_the_mean_per_position_is_over_the_rows_unmasked_there():
+    # position 0: (3 + 5) / 2, (1 + 5) / 2, (1 + 3) / 2; position 1: rows 0 and 2 remain, row 1 sees both, (2 + 6) / 2;
+    # position 2: row 0 alone. Row 3 is a group of one: 0, not inf - inf. The NaNs are under the mask.
+    nan = float("nan")
+    values = torch.tensor([[1.0, 2.0, 7.0], [3.0, nan, nan], [5.0, 6.0, nan], [math.inf] * 3])
+    found = leave_one_out_mean_per_position(values, ~values.isnan(), torch.tensor([4, 4, 4, -2]))
+    assert found.tolist() == [[4.0, 6.0, 0.0], [3.0, 4.0, 7.0], [2.0, 2.0, 7.0], [0.0, 0.0, 0.0]]
+
+
+def test_the_mean_per_position_of_one_position_is_the_mean_of_responses():
+    values, group_ids = torch.rand(9, generator=torch.Generator().manual_seed(2)), torch.arange(9) % 4
+    per_position = leave_one_out_mean_per_position(values[:, None], torch.ones(9, 1, dtype=torch.bool), group_ids)
+    assert torch.equal(per_position[:, 0], leave_one_out_mean(values, group_ids))
+
+
+def test_the_mean_per_position_needs_one_group_id_per_response():
+    with pytest.raises(ValueError, match=r"one group id per response are needed.*got \(2,\) and \(3,\)"):
+        leave_one_out_mean_per_position(VALUES, MASK, torch.arange(3))
 
 
 def test_nan_stays_in_its_group():

@@ -19,6 +19,11 @@ def test_kl_by_hand_per_token_and_per_response():
     # d of the three tokens: 1, -1 | log 2
     assert found["kl_ref/k1_token"] == pytest.approx(math.log(2) / 3)
     assert found["kl_ref/k1_response"] == pytest.approx(math.log(2) / 2)
+    # per response 0 and log 2: their standard deviation is log 2 / sqrt 2, that of their mean log 2 / 2
+    assert found["kl_ref/k1_response_se"] == pytest.approx(math.log(2) / 2)
+    # r log r - r + 1 at r = 1/e, e, 1/2
+    forward = (-math.exp(-1) - math.exp(-1) + 1, math.e - math.e + 1, -math.log(2) / 2 + 0.5)
+    assert found["kl_ref/forward_token"] == pytest.approx(sum(forward) / 3)
     assert found["kl_ref/k3_token"] == pytest.approx(sum(K3) / 3)
     assert found["kl_ref/k3_response"] == pytest.approx(sum(K3) / 2)
     assert found["kl_ref/valid"] == pytest.approx(0.0)
@@ -92,7 +97,19 @@ def test_every_measured_key_is_in_the_table():
     measured |= metrics.entropy_metrics(OLD, LENGTH_TWO) | metrics.mismatch_metrics(OLD, REFERENCE, LENGTH_TWO)
     assert measured.keys() <= metrics.METRICS.keys()
     in_the_table = {key for key in metrics.METRICS if key.startswith(("kl_ref/", "kl_rollout/", "entropy/"))}
-    assert in_the_table == measured.keys()
+    assert in_the_table - {"kl_ref/exact_token"} == measured.keys()  # exact needs logits: the workers measure it
+
+
+def test_groups_of_one_score_and_the_spread_of_the_others():
+    # groups 7, 3, 9: scores (1, 1), (0, 1), a single one
+    scores, groups = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.5]), torch.tensor([7, 3, 7, 3, 9])
+    assert metrics.group_metrics(scores, groups) == {"kl/zero_variance_groups": pytest.approx(2 / 3)}
+    assert metrics.group_std(scores, groups).tolist() == pytest.approx([math.sqrt(0.5), 0.0, 0.0])  # of 3, 7, 9
+
+
+def test_equal_scores_are_equal_whatever_their_mean_rounds_to():
+    scores = torch.full((3,), 0.1)
+    assert metrics.group_metrics(scores, torch.zeros(3, dtype=torch.int64)) == {"kl/zero_variance_groups": 1.0}
 
 
 def test_the_markdown_table_has_one_row_per_key():

@@ -59,6 +59,20 @@ def leave_one_out_mean(values: Tensor, group_ids: Tensor, counts: Tensor | None 
     return torch.where(siblings > 0, mean, 0.0).to(values.dtype)
 
 
+def leave_one_out_mean_per_position(values: Tensor, mask: Tensor, group_ids: Tensor) -> Tensor:
+    """`leave_one_out_mean` at each position over the rows unmasked there, (B, T), (B, T), (B,) -> (B, T); 0 for none.
+
+    What is under the mask is in nobody's mean; a masked position gets the mean of the others all the same.
+    """
+    check_groups(mask.any(dim=-1), group_ids)
+    own, counts = masked(values, mask).double(), mask.double()
+    rows, group = torch.unique(group_ids, return_inverse=True)
+    totals, alive = (own.new_zeros(len(rows), own.shape[-1]).index_add(0, group, part) for part in (own, counts))
+    siblings = alive[group] - counts
+    mean = (totals[group] - own) / siblings.clamp(min=1.0)
+    return torch.where(siblings > 0, mean, 0.0).to(values.dtype)
+
+
 def check_groups(values: Tensor, group_ids: Tensor) -> None:
     """Raise ValueError unless both are (B,) and the ids are integers."""
     if values.dim() != 1 or values.shape != group_ids.shape:

@@ -36,17 +36,51 @@ _ROWS = (
     ("response/truncated", "fraction", "responses cut at the token limit"),
     ("kl_ref/k1_token", "nats/token", "reverse KL to the reference by k1, mean over all tokens"),
     ("kl_ref/k1_response", "nats/response", "the same, summed over each response, mean over responses"),
+    ("kl_ref/k1_response_se", "nats/response", "standard error of kl_ref/k1_response over the batch's responses"),
     ("kl_ref/k3_token", "nats/token", "reverse KL to the reference by k3, unclamped, mean over all tokens"),
     ("kl_ref/k3_response", "nats/response", "the same, summed over each response, mean over responses"),
+    (
+        "kl_ref/forward_token",
+        "nats/token",
+        "forward KL token by token on the policy's own prefixes, by r log r - r + 1",
+    ),
+    (
+        "kl_ref/forward_sampled",
+        "nats/response",
+        "forward KL of whole responses: mean of log pi_ref - log pi over the update's reference_samples",
+    ),
+    ("kl_ref/exact_token", "nats/token", "reverse KL over the whole vocabulary, mean over all tokens (when asked for)"),
     ("kl_ref/p99", "nats", "99th percentile over tokens of the signed log-ratio d = log pi - log pi_ref"),
     ("kl_ref/max", "nats", "largest d of any token"),
     ("kl_ref/top1pct_share", "fraction", "share of the summed k3 in the 1 % of tokens where it is largest"),
     ("kl_ref/valid", "nats/response", "kl_ref/k1_response of the right responses; absent when there are none"),
     ("kl_ref/invalid", "nats/response", "kl_ref/k1_response of the wrong responses; absent when there are none"),
+    ("kl_old/k1_token", "nats/token", "KL of the old to the new policy by k1, mean over the update's mini-batches"),
     ("kl_rollout/k1_token", "nats/token", "KL of the sampler to the trainer by k1: mean of rollout minus old log-prob"),
     ("kl_rollout/max", "nats", "largest absolute difference of rollout and old log-prob of any token"),
     ("kl/beta", "reward/nat", "coefficient of the KL term in this update"),
+    (
+        "kl/beta_effective",
+        "reward/nat",
+        "beta in units of the task's score: times the mean group std under GRPO",
+    ),
     ("kl/penalty", "reward", "beta times the KL term: mean of beta * S in the reward, beta * KL loss in the loss"),
+    ("kl/penalty_loss", "reward", "with both placements: the loss's part, while kl/penalty is the reward's"),
+    (
+        "kl/advantage_share",
+        "fraction",
+        "variance of the advantages' KL part over the sum of its and the task part's",
+    ),
+    ("kl/grad_share", "ratio", "norm of the KL loss's gradient by the tokens' log-probs over that of the policy loss"),
+    ("kl/cap_fraction", "fraction", "tokens whose log-ratio is beyond kl.cap"),
+    ("kl/zero_variance_groups", "fraction", "prompts whose responses all have the same score"),
+    ("kl/saturated", "0 or 1", "the controller asked for a beta outside its bounds"),
+    ("adaptive_kl/raw_kl", "nats/token", "mean over tokens of the arm's own estimate, before shaping"),
+    ("adaptive_kl/adapted_kl", "nats/token", "the same after shaping"),
+    ("adaptive_kl/current_beta", "reward/nat", "kl/beta under the name of the adaptive-KL document"),
+    ("reference/moved_at", "updates", "the update after which the reference last moved"),
+    ("reference/moved_rms", "-", "root mean square over all weights of the reference's last change"),
+    ("alarm/<name>", "0 or 1", "an alarm of the recipe fired on this line"),
     ("entropy/token", "nats/token", "mean entropy of the policy's next-token distribution"),
     ("entropy/p10", "nats", "10th percentile over tokens of that entropy"),
     ("entropy/p50", "nats", "median over tokens of that entropy"),
@@ -75,8 +109,10 @@ def kl_metrics(old_logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor
     metrics = {
         "kl_ref/k1_token": masked_mean(k1, response_mask).item(),
         "kl_ref/k1_response": per_response.mean().item(),
+        "kl_ref/k1_response_se": standard_error(per_response),
         "kl_ref/k3_token": masked_mean(k3, response_mask).item(),
         "kl_ref/k3_response": response_sum(k3, response_mask).mean().item(),
+        "kl_ref/forward_token": masked_mean(kl.value("forward", old_logprobs, ref_logprobs), response_mask).item(),
         "kl_ref/p99": p99,
         "kl_ref/max": _maximum(log_ratio[response_mask]),
         "kl_ref/top1pct_share": _top_share(k3[response_mask], 0.01),
@@ -101,6 +137,32 @@ def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, response_ma
         "kl_rollout/k1_token": masked_mean(difference, response_mask).item(),
         "kl_rollout/max": _maximum(difference[response_mask].abs()),
     }
+
+
+@torch.no_grad()
+def group_metrics(scores: Tensor, group_ids: Tensor) -> dict[str, float]:
+    """How many prompts have responses of one score only; `scores` and `group_ids` are (B,)."""
+    groups, inverse = torch.unique(group_ids, return_inverse=True)
+    empty = scores.new_zeros(len(groups))
+    low, high = (empty.scatter_reduce(0, inverse, scores, kind, include_self=False) for kind in ("amin", "amax"))
+    return {"kl/zero_variance_groups": (low == high).double().mean().item()}
+
+
+@torch.no_grad()
+def group_std(scores: Tensor, group_ids: Tensor) -> Tensor:
+    """(G,) standard deviation of each group's scores, over n - 1; 0 for a group of one."""
+    groups, inverse = torch.unique(group_ids, return_inverse=True)
+    wide = scores.double()
+    zero = wide.new_zeros(len(groups))
+    count = zero.index_add(0, inverse, torch.ones_like(wide))
+    mean = zero.index_add(0, inverse, wide) / count
+    squares = zero.index_add(0, inverse, (wide - mean[inverse]).square())
+    return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of independent values, (B,); NaN for fewer than two."""
+    return (values.double().std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
 
 
 def _quantiles(values: Tensor, *levels: float) -> tuple[float, ...]:
