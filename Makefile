@@ -13,7 +13,7 @@ PYTHON ?= $(shell python3.11 -c '' >/dev/null 2>&1 && echo python3.11 || echo py
 BIN := .venv/bin
 TESTS ?= tests
 # pyproject.toml limits every test; this is for all of them together, in seconds.
-TEST_SECONDS ?= 2400
+TEST_SECONDS ?= 4800
 
 setup:
 	@$(PYTHON) launch/env/setup_cpu.py

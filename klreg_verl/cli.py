@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from klreg_verl.replay.command import kl_command, replay_command
+
 if TYPE_CHECKING:
     from klreg_verl.experiment.plan import RunSpec
     from klreg_verl.experiment.recipe import Recipe
@@ -149,20 +151,24 @@ def report(recipe: RecipePath, runs_dir: RunsDir = None) -> None:
 
 @app.command()
 def doctor(
-    spec: Annotated[str | None, typer.Option(help="Explain one arm: RECIPE#ARM.")] = None, as_json: AsJson = False
+    spec: Annotated[str | None, typer.Option(help="Only one arm, in words: RECIPE#ARM.")] = None,
+    of_verl: Annotated[bool, typer.Option("--verl", help="Judge the installed verl's own functions.")] = False,
+    estimator: Annotated[str | None, typer.Option(help="Only this one, or your own pkg.module:name.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the table: FILE.png, .svg or .pdf.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Which divergence's gradient each KL setting follows, by exact enumeration. Needs torch only."""
-    from klreg_verl import doctor as judge
-
     with told():
         if spec is not None:
-            path, _, name = spec.partition("#")
-            _, specs = _selected(Path(path), None, name or None, None, None)
-            first = specs[0]
-            typer.echo(judge.explain(first.kl, first.train.advantage, first.train.updates_per_batch))
-            return
-        rows = judge.table()
-        typer.echo(json.dumps(rows, indent=2) if as_json else "\n".join(_doctor_lines(rows)))
+            if of_verl or estimator or figure:
+                raise ValueError("--spec explains one arm: it goes with --json only.")
+            _explain(spec, as_json)
+        else:
+            _judge_all(of_verl, estimator, figure, as_json)
+
+
+app.command("kl")(told()(kl_command))
+app.command("replay")(told()(replay_command))
 
 
 @data_app.command(
@@ -339,12 +345,37 @@ def _planned(spec: RunSpec, root: Path) -> dict[str, Any]:
     }
 
 
-def _doctor_lines(rows: list[dict[str, Any]]) -> list[str]:
-    head = ("placement", "estimator", "verdict", "follows", "cosine_reverse", "cosine_forward", "value")
-    cells = [[f"{row[k]:.3f}" if isinstance(row[k], float) else str(row[k] or "-") for k in head] for row in rows]
-    widths = [max(len(line[i]) for line in [list(head), *cells]) for i in range(len(head))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in [head, *cells]]
-    return [lines[0], *(f"{line}\n    {row['reason']}" for line, row in zip(lines[1:], rows, strict=True))]
+def _explain(arm: str, as_json: bool) -> None:
+    from klreg_verl import doctor
+
+    path, _, name = arm.partition("#")
+    _, specs = _selected(Path(path), None, name or None, None, None)
+    kl, train = specs[0].kl, specs[0].train
+    if as_json:
+        typer.echo(json.dumps([doctor.row(doctor.judge_setting(kl, train.policy_aggregation))], indent=2))
+    else:
+        typer.echo(doctor.explain(kl, train.advantage, train.updates_per_batch, train.policy_aggregation))
+
+
+def _judge_all(of_verl: bool, estimator: str | None, figure: Path | None, as_json: bool) -> None:
+    import sys
+
+    from klreg_verl.doctor import printing, stock, subjects, table
+
+    if estimator is not None and ":" in estimator:
+        sys.path.insert(0, str(Path.cwd()))
+    subject = stock.installed() if of_verl else subjects.OURS
+    overview = not (as_json or figure or estimator)
+    rows = table(subject, (estimator,) if estimator else None, only_usual=overview)
+    if figure is not None:
+        from klreg_verl.doctor.figure import draw
+
+        draw(rows, figure, f"The functions of {subject.title}")
+        typer.echo(f"figure: {figure}", err=as_json)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif figure is None:
+        typer.echo("\n".join(printing.in_full(rows) if estimator else printing.overview(rows)))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.cache import content_hash, options_from
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.recipe import ModelSpec, TaskSpec
+from klreg_verl.experiment.recipe import KLBlock, ModelSpec, TaskSpec
 from klreg_verl.experiment.store import RunFolder
 from klreg_verl.verl_hooks.overrides import Files
 
@@ -70,9 +70,16 @@ def _checkpoints(spec: RunSpec, runs_dir: Path) -> Path:
 
 
 def kl_yaml(spec: RunSpec) -> str:
-    """The arm's KL block as the file that KLREG_KL names; JSON is YAML."""
-    block = {key: value for key, value in asdict(spec.kl).items() if value is not None and value is not False}
-    return json.dumps(block, indent=1) + "\n"
+    """The run's KL block as the file that KLREG_KL names; JSON is YAML. What is as by default is left out."""
+    block = KLBlock(kl=spec.kl, reference=spec.reference, probes=spec.probes, alarms=spec.alarms)
+    return json.dumps({"kl": {"placement": spec.kl.placement}, **_written(block)}, indent=1) + "\n"
+
+
+def _written(section: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not as by default, dataclasses inside them likewise."""
+    changed = {entry.name: getattr(section, entry.name) for entry in fields(section)}
+    changed = {name: value for name, value in changed.items() if value != getattr(type(section)(), name)}
+    return {name: _written(value) if is_dataclass(value) else value for name, value in changed.items()}
 
 
 def task_files(task: TaskSpec, cache: Path, note: Note) -> tuple[Path, Path]:

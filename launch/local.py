@@ -149,7 +149,8 @@ def write_attempt(
     kl_file = attempt / "kl.yaml"
     atomic_write(kl_file, inputs.kl_yaml(spec))
     write_json(attempt / "verl.json", settings)
-    gradient = doctor.explain(spec.kl, spec.train.advantage, spec.train.updates_per_batch)
+    train = spec.train
+    gradient = doctor.explain(spec.kl, train.advantage, train.updates_per_batch, train.policy_aggregation)
     card = provenance.collect(
         spec,
         {"train": files.train, "val": files.val},

@@ -133,6 +133,8 @@ def check_files(specs: Sequence[RunSpec]) -> list[Finding]:
     findings = {}
     for spec in specs:
         findings[f"model {spec.model.path}"] = _check_model(spec)
+        if spec.reference.path is not None:
+            findings[f"reference {spec.reference.path}"] = _check_reference(spec.reference.path)
         findings[f"task {spec.task_name}"] = _check_task(spec)
     return [Finding(what=what, detail=detail) for what, detail in findings.items()]
 
@@ -147,6 +149,13 @@ def _check_model(spec: RunSpec) -> str:
         return "from the Hugging Face Hub or its cache"
     check_model(Path(spec.model.path))
     return "folder is complete, vocabulary fits its tokenizer"
+
+
+def _check_reference(path: str) -> str:
+    if not Path(path).is_absolute():
+        return "from the Hugging Face Hub or its cache; its vocabulary is compared at the start"
+    check_model(Path(path))
+    return "folder is complete; its vocabulary is compared with the model's at the start"
 
 
 def _check_task(spec: RunSpec) -> str:

@@ -182,7 +182,7 @@ def test_as_verl_prints_a_script_that_bash_can_read_and_whose_kl_file_loads(klre
     assert arguments[:2] == ["-m", "verl.trainer.main_ppo"]
     assert '++actor_rollout_ref.actor.strategy="fsdp2"' in arguments
     spec = next(spec for spec in plan.expand(recipe.load(study)) if spec.arm == arm)
-    assert recipe.load_kl(study.parent / kl_file) == spec.kl
+    assert recipe.load_kl(study.parent / kl_file).kl == spec.kl
 
 
 # ---------------------------------------------------------------------------------------------------- run

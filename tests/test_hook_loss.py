@@ -17,6 +17,7 @@ from torch import Tensor
 from verl_stack import FILES, FORWARD, REVERSE, compose, import_verl, need_stack, spec
 
 from klreg_verl.core import kl as kl_table
+from klreg_verl.core.penalties import CORRECTIONS
 from klreg_verl.experiment.settings import KLSpec, TrainSpec
 from klreg_verl.verl_hooks import overrides
 
@@ -210,6 +211,46 @@ def test_micro_batches_sum_to_the_mini_batch(
 
 def split(rows: Sequence[int], packed: Tensor) -> list[tuple[int, Tensor]]:
     return list(zip(rows, packed.split([PROMPTS[row] + RESPONSES[row] for row in rows]), strict=True))
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("estimator", kl_table.names())
+def test_micro_batches_agree_for_every_estimator_and_correction(
+    loss: Any, base_config: Any, batch: Batch, estimator: str, correction: str
+):
+    single = Batch(**{name: [tensor.float() for tensor in getattr(batch, name)] for name in vars(batch)})
+    kl = KLSpec(placement="loss", estimator=estimator, follows="none", beta=0.3, correction=correction)
+    config = actor_config(base_config)
+    _, whole, metrics = run(loss.actor_loss, single, config=config, kl=kl, beta=0.3)
+    parts = [run(loss.actor_loss, single, rows, config=config, kl=kl, beta=0.3) for rows in ([0, 1], [2], [3])]
+    torch.testing.assert_close(torch.cat([gradient for _, gradient, _ in parts]), whole, rtol=1e-5, atol=1e-9)
+    total = sum(part["kl_loss"].aggregate() for *_, part in parts)
+    assert total == pytest.approx(metrics["kl_loss"].aggregate(), rel=1e-5, abs=1e-8)
+
+
+def test_a_correction_weighs_each_token_by_the_ratio_to_the_policy_that_sampled(
+    loss: Any, base_config: Any, batch: Batch
+):
+    # w * k3, differentiated through w, is w * d per token; token-mean over 10 tokens
+    kl = KLSpec(placement="loss", estimator="k3", follows="reverse", beta=1.0, correction="importance")
+    config = actor_config(base_config)
+    _, ours, _ = run(loss.actor_loss, batch, config=config, kl=kl, beta=1.0)
+    _, verls, _ = run(loss.ppo_loss, batch, config=config)
+    logprob, old, ref = batch.policy[0][1], batch.old[0][0], batch.ref[0][0]
+    torch.testing.assert_close((ours - verls)[1], torch.exp(logprob - old) * (logprob - ref) / TOKENS)
+
+
+def test_the_kl_parts_share_of_the_gradient_by_the_log_probs(loss: Any, base_config: Any, batch: Batch):
+    config = actor_config(base_config)
+    _, policy, _ = run(loss.ppo_loss, batch, config=config)
+    _, both, metrics = run(loss.actor_loss, batch, config=config, kl=FORWARD, beta=0.3)
+    found = {name: metrics[f"{name}_gradient"].aggregate() for name in ("policy", "kl")}
+    assert found["policy"] == pytest.approx(policy.square().sum().item())
+    assert found["kl"] == pytest.approx((both - policy).square().sum().item())
+    share = importlib.import_module("klreg_verl.verl_hooks.measure").of_verls(
+        {f"actor/{name}_gradient": value for name, value in found.items()}, FORWARD, 0.3
+    )
+    assert share["kl/grad_share"] == pytest.approx(((both - policy).norm() / policy.norm()).item())
 
 
 @pytest.mark.parametrize("ref", [float("nan"), float("inf"), -float("inf")])

@@ -93,7 +93,7 @@ def test_every_logged_key_is_in_the_table_of_metrics(kl: KLSpec):
 def test_a_measurement_does_not_depend_on_where_kl_is_placed():
     def without_placement(kl: KLSpec) -> dict[str, float]:
         logged = hook("measure").measure(rows(), kl, kl.beta_or_zero, 3)
-        return {key: value for key, value in logged.items() if key.split("/")[0] not in ("kl", "reward")}
+        return {key: value for key, value in logged.items() if key.split("/")[0] not in ("kl", "reward", "adaptive_kl")}
 
     assert without_placement(KLSpec()) == without_placement(REVERSE) == without_placement(FORWARD)
 
@@ -359,11 +359,14 @@ def test_kl_in_the_reward_takes_beta_times_the_charge_against_the_siblings(monke
     monkeypatch.setattr(trainer.tq, "kv_batch_put", write)
     keys = ["u_0_0", "u_1_0", "v_0_0", "pad_0_0"]
     batch = trainer.KVBatchMeta(partition_id="train", keys=keys, tags=[{}, {}, {}, {"is_padding": True}])
-    assert trainer.charge_kl(batch, REVERSE, 0.5) == "batch"
+    metrics: dict[str, float] = {}
+    assert trainer.charge_kl(batch, REVERSE, 0.5, metrics) == "batch"
     assert (put["keys"], put["partition"]) == (keys, "train")
     for name in (names.ADVANTAGES, names.RETURNS):
         written = [row.tolist() for row in put["fields"][name].unbind()]
         assert written == [[2.0, 2.0], [-1.0, 0.0, -1.0], [1.0], [0.0]]
+    # task 1, 1, 0, 0, 2 has variance 0.56 over the tokens; KL's part 1, 1, -1, -1, -1 has 0.96
+    assert metrics["kl/advantage_share"] == pytest.approx(0.96 / (0.96 + 0.56))
 
 
 def config(extra: tuple[str, ...] = (), **values: Any) -> Any:

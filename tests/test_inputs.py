@@ -96,7 +96,10 @@ def test_the_kl_file_reads_back_as_the_arms_kl(tmp_path: Path):
         ["kl.placement=none"],
         ["kl.beta=0"],
         ["kl.beta=1e-6"],  # JSON's spelling, which YAML 1.1 takes for text
+        ["kl.controller={kind: matched_kl, target: 0.3, signal: response}", "kl.credit=reward_to_go", "kl.cap=20"],
+        ["kl.shaping={kind: clip, threshold: 0.5}", "reference.ema=0.99", "alarms={kl_above: 0.2, stop: true}"],
     ):
         spec = only_spec(tmp_path, RECIPE, *change)
         (tmp_path / "kl.yaml").write_text(inputs.kl_yaml(spec))
-        assert recipe.load_kl(tmp_path / "kl.yaml") == spec.kl
+        expected = recipe.KLBlock(kl=spec.kl, reference=spec.reference, alarms=spec.alarms)
+        assert recipe.load_kl(tmp_path / "kl.yaml") == expected

@@ -40,9 +40,11 @@ class Layer:
 OURS = ("klreg_verl", "data_prep", "launch")
 HOOKS_WITHOUT_VERL = ("overrides", "checkpoints", "cpu", "names")
 """What a launcher needs of the hooks: settings, folder layout, CPU settings, versions. They must not import verl."""
+HOOKS_OF_REPLAY = ("checkpoints", "terms")
+"""What is measured afterwards is computed by the calls that trained."""
 LAYERS = (
     Layer(folder="klreg_verl/core", anywhere=("torch", "numpy")),
-    Layer(folder="klreg_verl/doctor", anywhere=("torch", "numpy", "klreg_verl.core"), lazily=("verl",)),
+    Layer(folder="klreg_verl/doctor", anywhere=("torch", "numpy", "klreg_verl.core"), lazily=("verl", "matplotlib")),
     Layer(
         folder="klreg_verl/experiment",
         anywhere=("yaml", "klreg_verl.__version__"),
@@ -51,6 +53,14 @@ LAYERS = (
     Layer(
         folder="klreg_verl/analysis",
         anywhere=("numpy", "pandas", "pyarrow", "matplotlib", "klreg_verl.experiment", "klreg_verl.__version__"),
+    ),
+    Layer(
+        folder="klreg_verl/replay",
+        anywhere=(
+            *("torch", "numpy", "matplotlib", "typer", "klreg_verl.core", "klreg_verl.experiment"),
+            *(f"klreg_verl.verl_hooks.{name}" for name in HOOKS_OF_REPLAY),
+        ),
+        lazily=("transformers", "pyarrow", "safetensors"),
     ),
     Layer(folder="klreg_verl/verl_hooks", anywhere=("*",), never=("klreg_verl.analysis", "klreg_verl.cli", "launch")),
     Layer(
@@ -154,7 +164,7 @@ def test_the_rules_catch_what_they_should(folder, source, fine):
     assert all(allowed(layer, one) for one in found) == fine
 
 
-@pytest.mark.parametrize("name", ["__init__", *HOOKS_WITHOUT_VERL])
+@pytest.mark.parametrize("name", ["__init__", *dict.fromkeys(HOOKS_WITHOUT_VERL + HOOKS_OF_REPLAY)])
 def test_importing_what_launchers_use_of_the_hooks_imports_no_verl(name):
     path = ROOT / f"klreg_verl/verl_hooks/{name}.py"
     if not path.exists():
@@ -173,7 +183,9 @@ def test_only_the_hooks_and_the_doctor_know_verl():
     assert knowing <= {("klreg_verl", "verl_hooks"), ("klreg_verl", "doctor")}
 
 
-@pytest.mark.parametrize("module", ["klreg_verl", "klreg_verl.cli", "klreg_verl.experiment.recipe"])
+@pytest.mark.parametrize(
+    "module", ["klreg_verl", "klreg_verl.cli", "klreg_verl.experiment.recipe", "klreg_verl.replay.command"]
+)
 def test_importing_it_imports_nothing_heavy(module):
     if not (ROOT / module.replace(".", "/")).exists() and not (ROOT / (module.replace(".", "/") + ".py")).exists():
         pytest.skip(f"{module} does not exist")

@@ -201,7 +201,7 @@ step(1, 2, 3)
         "TENSORBOARD_DIR": str(folder.path / "tensorboard"),
         "wandb": [name for name in os.environ if "WANDB" in name],
     }
-    assert recipe.load_kl(attempt / "kl.yaml") == spec.kl
+    assert recipe.load_kl(attempt / "kl.yaml").kl == spec.kl
     settings = json.loads((attempt / "verl.json").read_text())
     assert settings == overrides.settings(spec, files, "cpu")
     assert here.argv[:3] == [sys.executable, "-m", "klreg_verl.verl_hooks.main"]

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from klreg_verl.experiment import recipe
+from klreg_verl.experiment import kl_settings, recipe
 from klreg_verl.experiment.recipe import ConfigError, KLSpec, ResourcesSpec, TrainSpec
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.yaml"))
@@ -86,8 +86,7 @@ def test_dr_grpo_sets_the_aggregation_and_its_constant() -> None:
 
 def test_the_estimators_are_those_of_the_table_in_core() -> None:
     kl = pytest.importorskip("klreg_verl.core.kl", reason="core needs torch")
-    choices = get_args(get_args(get_type_hints(KLSpec)["estimator"])[0])
-    assert set(choices) == set(kl.names())
+    assert kl_settings.SAMPLED == kl.names()
 
 
 def test_the_advantages_are_those_of_core() -> None:
@@ -249,7 +248,7 @@ def test_a_grid_given_on_the_command_line_replaces_the_default_value(load: Load)
             "estimater: k1",
             "study.yaml:12: arms.reverse.kl.estimater: unknown key 'estimater'. Did you",
         ),
-        ("estimator: k1", "estimator: k4", "study.yaml:12: arms.reverse.kl.estimator: 'k4' is not one of k1, k2, k3."),
+        ("estimator: k1", "estimator: k4", "study.yaml:12: arms.reverse.kl.estimator: 'k4' is not one of k1, k2, k3,"),
         ("beta: 0.1", "beta: -0.1", "study.yaml:5: kl.beta: -0.1 is negative: it would reward leaving the reference."),
         ("beta: 0.1", "beta: true", "study.yaml:5: kl.beta: expected a number, got true. (Concerns: reverse.)"),
         (
@@ -263,7 +262,7 @@ def test_a_grid_given_on_the_command_line_replaces_the_default_value(load: Load)
             "",
             "study.yaml:11: arms.reverse.kl.estimator: 'k1' has no effect with placement",
         ),
-        ("follows: reverse", "follows: backward", "'backward' is not one of reverse, forward, none."),
+        ("follows: reverse", "follows: backward", "'backward' is not one of reverse, forward, js, chi2, tv,"),
         ("  none:\n", "  reverse:\n", "study.yaml:9: arms.reverse: written twice (first in line 7). Keep one of them."),
         ("  none:\n", "  no/ne:\n", "the name 'no/ne' becomes a folder. Use letters, digits, _ and -."),
         ("  none:\n    kl:", "  none:\n    kll:", "study.yaml:8: arms.none.kll: unknown key 'kll'. Did you mean 'kl'?"),
@@ -358,7 +357,8 @@ def test_a_value_that_every_arm_hides_is_refused(load: Load) -> None:
 
 def test_a_kl_aggregation_in_the_reward_is_refused(load: Load) -> None:
     text = BASIC.replace("follows: reverse", "follows: reverse\n      aggregation: token-mean")
-    assert "study.yaml:14: arms.reverse.kl.aggregation: has no effect with placement reward" in refusal(load, text)
+    expected = "study.yaml:14: arms.reverse.kl.aggregation: 'token-mean' has no effect with placement reward"
+    assert expected in refusal(load, text)
 
 
 def test_a_recipe_whose_name_is_no_folder_is_refused(load: Load) -> None:
@@ -437,14 +437,21 @@ def test_a_kl_block_is_read_alone_or_under_its_key(tmp_path: Path, head: str) ->
     path = tmp_path / "kl.yaml"
     path.write_text(head + "  placement: loss\n  estimator: k2\n  follows: reverse\n  beta: 1e-3\n")
     expected = KLSpec(placement="loss", estimator="k2", follows="reverse", beta=1e-3)
-    assert recipe.load_kl(path) == expected
+    assert recipe.load_kl(path) == recipe.KLBlock(kl=expected)
+
+
+def test_a_kl_file_may_say_what_the_reference_does_and_when_to_raise_an_alarm(tmp_path: Path) -> None:
+    path = tmp_path / "kl.yaml"
+    path.write_text("reference: {ema: 0.99}\nalarms: {kl_above: 0.2, stop: true}\n")
+    block = recipe.load_kl(path)
+    assert (block.kl, block.reference.ema, block.alarms.kl_above) == (KLSpec(), 0.99, 0.2)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("placement: los", "kl.yaml:1: placement: 'los' is not one of none, reward, loss. Did you mean 'loss'?"),
-        ("kl: {placement: loss}\nbeta: 1", "kl.yaml:1: kl: unknown key 'kl'."),
+        ("placement: los", "kl.yaml:1: placement: 'los' is not one of none, reward, loss, both. Did you mean 'loss'?"),
+        ("kl: {placement: loss}\nbeta: 1", "kl.yaml:2: beta: unknown key 'beta'."),
         ("placement: loss\nbetta: 1", "kl.yaml:2: betta: unknown key 'betta'. Did you mean 'beta'?"),
         (BASIC, "this is a recipe. A KL file holds one KL block"),
         ("", "the file is empty"),

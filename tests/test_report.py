@@ -233,3 +233,13 @@ def test_arms_are_shown_in_the_recipes_order(study):
     read = report.read_study(study, {"arms": {"reverse": {}, "none": {}}})
     assert [group.label for group in read.groups] == ["reverse", "none", "forward"]
     assert read.name == "synthetic"
+
+
+def test_alarms_are_in_the_page_and_in_the_markdown(tmp_path):
+    rows = [{"step": step, "train/accuracy": 0.5} for step in range(1, 8)]
+    for step in (3, 4, 5, 7):
+        rows[step - 1]["alarm/entropy_floor"] = 1.0
+    write_run(tmp_path / "study", "arm", rows=rows)
+    paths = report.write_report(tmp_path / "study")
+    assert "<td>entropy_floor</td><td>4 steps: 3 to 5, 7</td>" in paths.html.read_text()
+    assert "| entropy_floor | 4 steps: 3 to 5, 7 |" in paths.markdown.read_text()

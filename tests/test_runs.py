@@ -136,3 +136,10 @@ def test_the_synthetic_study_starts_every_arm_of_a_seed_alike(tmp_path):
     loaded = runs.load(write_study(tmp_path / "study", steps=3))
     assert len({run.training.loc[1, "train/accuracy"] for run in loaded}) == 1
     assert len({run.training.loc[3, "train/accuracy"] for run in loaded}) == 3
+
+
+def test_alarms_are_listed_with_their_steps_and_a_saturated_beta_among_them(tmp_path):
+    rows = [{"step": step, "train/accuracy": 0.5, "kl/saturated": float(step == 3)} for step in range(5)]
+    rows[2]["alarm/kl_above"] = rows[4]["alarm/kl_above"] = 1.0
+    run = runs.read_run(write_run(tmp_path, "arm", rows=rows), tmp_path)
+    assert run.alarms == {"beta saturated": [3], "kl_above": [2, 4]}

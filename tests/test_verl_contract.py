@@ -50,6 +50,7 @@ class Touch:
 BASE, SYNC = "verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.v1.trainer_sync"
 AGENT, VLLM_ROLLOUT = "verl.experimental.agent_loop", "verl.workers.rollout.vllm_rollout"
 SERVER = "verl.workers.rollout.llm_server:LLMServerClient"
+WORKERS, FSDP = "verl.workers.engine_workers", "verl.workers.engine.fsdp"
 MICRO_BATCH = ("model_output", "data", "dp_group")
 STEP = ("batch", "metrics")
 
@@ -145,6 +146,74 @@ TOUCHES = [
             "is replaced, since it drops the weights that an update must write",
             *("layer", "remove_weight"),
         ),
+    ),
+    *touches(
+        "worker.py",
+        (f"{BASE}:PPOTrainer._init_resource_pool_mgr", "names the worker class, which install() replaces", "self"),
+        (f"{WORKERS}:ActorRolloutRefWorker.init_model", "builds actor and reference", "self"),
+        (f"{WORKERS}:ActorRolloutRefWorker.set_loss_fn", "hands the loss to the actor", "loss_fn"),
+        (f"{WORKERS}:ActorRolloutRefWorker.actor_worker_cls", "is replaced by one that asks for the logits"),
+        (f"{WORKERS}:ActorRolloutRefWorker.ref_worker_cls", "is replaced by one with a model of its own"),
+        (f"{WORKERS}:TrainingWorker.__init__", "builds the reference's engine", "config"),
+        (f"{WORKERS}:TrainingWorker.train_batch", "is told to give the logits to the loss", "data"),
+        ("verl.workers.config:TrainingWorkerConfig", "gets the reference's own model", "model_config"),
+        (
+            "verl.workers.config:HFModelConfig",
+            "loads the reference's own checkpoint",
+            *("path", "hf_config_path", "tokenizer_path", "lora_rank", "lora_adapter_path", "lora"),
+        ),
+        ("verl.utils.config:omega_conf_to_dataclass", "makes the policy's model settings", "config"),
+        ("verl.utils.tensordict_utils:assign_non_tensor", "sets a flag of a batch", "tensor_dict"),
+        ("verl.single_controller.base.decorator:Dispatch.ONE_TO_ALL", "calls every worker"),
+        ("verl.single_controller.base.decorator:register", "lets the driver call a method", "dispatch_mode"),
+    ),
+    *touches(
+        "exact.py",
+        (f"{FSDP}:FSDPEngine", "is the only engine whose logits we know how to get"),
+        (f"{FSDP}:FSDPEngine.eval_mode", "prepares the reference for a forward pass"),
+        (
+            f"{FSDP}:FSDPEngineWithLMHead.forward_step",
+            "gives the reference's logits",
+            *("micro_batch", "loss_function", "forward_only"),
+        ),
+        (
+            f"{FSDP}:FSDPEngineWithLMHead.prepare_model_outputs",
+            "calls the loss with student_logits first",
+            "logits_processor_func",
+        ),
+        ("verl.utils.tensordict_utils:assign_non_tensor", "sets the flags of a batch", "tensor_dict"),
+    ),
+    *touches(
+        "trainer.py",
+        (f"{SYNC}:PPOTrainerSync.on_train_begin", "is where the reference's responses are drawn", "self"),
+        (f"{SYNC}:PPOTrainerSync._update_actor", "is where the workers are told which of them come next", *STEP),
+    ),
+    *touches(
+        "reference_samples.py",
+        ("verl.utils.dataset.rl_dataset:collate_fn", "makes a batch of prompts", "data_list"),
+        ("verl.utils.tensordict_utils:get_tensordict", "makes the request", "tensor_dict"),
+        ("verl.utils.tensordict_utils:assign_non_tensor_data", "adds the number of responses", "key", "val"),
+        ("transfer_queue:kv_list", "says when all responses are there", "partition_id"),
+        ("transfer_queue:kv_batch_put", "registers the prompts", "keys", "partition_id", "tags"),
+        ("transfer_queue:kv_batch_get", "reads the responses", "keys", "partition_id", "select_fields"),
+        ("transfer_queue:kv_clear", "takes them out of the queue", "keys", "partition_id"),
+        ("verl.checkpoint_engine:CheckpointEngineManager.sleep_replicas", "makes vLLM forget the prompts"),
+        ("verl.checkpoint_engine:CheckpointEngineManager.update_weights", "wakes vLLM again", "global_steps"),
+    ),
+    *touches(
+        "reference_loss.py",
+        (f"{FSDP}:FSDPEngine", "adds the gradients of a second pass to those of the first"),
+        (
+            f"{FSDP}:FSDPEngine.forward_backward_batch",
+            "is gone through once more",
+            *("data", "loss_function", "forward_only"),
+        ),
+        (f"{FSDP}:FSDPEngine.get_data_parallel_rank", "says which of the rows are a worker's"),
+        (f"{FSDP}:FSDPEngine.get_data_parallel_size", "says how many workers share the rows"),
+        ("verl.workers.utils.padding:no_padding_2_padding", "cuts responses from packed log-probs", "tensor", "data"),
+        ("verl.utils.metric:Metric", "carries the loss's value to the driver", "value", "aggregation"),
+        ("verl.utils.metric:AggregationType.SUM", "sums it over micro-batches"),
+        ("verl.utils.tensordict_utils:get_tensordict", "makes a batch of stored rows", "tensor_dict"),
     ),
 ]
 
@@ -576,3 +645,36 @@ def test_settings_of_the_reference_survive_verls_renaming():
     assert 'self.config.ref.pop(\n                    "log_prob_micro_batch_size_per_gpu", None' in text
     assert ref.log_prob_micro_batch_size_per_gpu == 128  # 16 prompts x 8 responses, one worker
     assert ref.fsdp_config.mixed_precision.param_dtype == "fp32"
+
+
+# ------------------------------------------------------------------------------------ behaviour: reference_samples
+
+
+def test_the_reference_is_sampled_after_validation_and_before_the_first_step():
+    in_order(
+        source(f"{BASE}:PPOTrainer.fit"),
+        *("self._validate()", "self.global_steps += 1", "self.on_train_begin()", "while current_epoch"),
+    )
+
+
+def test_a_prompt_says_how_many_responses_it_wants_and_when_they_are_there():
+    agent_loop = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ"
+    text = source(agent_loop)
+    in_order(text, 'prompt.pop("__rollout_n__", config.n', "session_id=i", 'status = "failure"', 'status = "finished"')
+    assert '"train" if not trajectory["validate"] else "val"' in text
+    assert 'tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps}' in source(
+        f"{BASE}:PPOTrainer._submit_batch_to_rollout"
+    )
+
+
+def test_gradients_are_made_between_zeroing_and_the_optimizers_step_by_a_method_of_the_engine():
+    in_order(
+        source("verl.workers.engine.base:BaseEngine.train_batch"),
+        *("self.optimizer_zero_grad()", "self.forward_backward_batch(data, loss_function", "self.optimizer_step()"),
+    )
+    assert "train_batch" not in vars(resolve(f"{FSDP}:FSDPEngine"))
+    assert "self.train_batch(mini_batch_td)" in source(f"{WORKERS}:TrainingWorker.train_mini_batch")
+
+
+def test_vllm_forgets_its_prompts_with_new_weights():
+    assert "clear_kv_cache" in source(f"{VLLM_ROLLOUT}.vllm_rollout:ServerAdapter.update_weights")

@@ -11,6 +11,7 @@ from klreg_verl.analysis.runs import Run
 from klreg_verl.analysis.samples import Response, SideBySide, side_by_side
 from klreg_verl.analysis.summary import (
     Group,
+    alarms,
     checks,
     differing_facts,
     error_over,
@@ -93,6 +94,7 @@ def _sections(study: Study) -> list[tuple[str, str, str]]:
     return [
         ("scope", "What this is, and what it is not", f'<div class="scope"><p>{escape(scope(study.groups))}</p></div>'),
         ("unfinished", "Runs that are not finished or not whole", _unfinished(study)),
+        ("alarms", "Alarms", _alarms(study)),
         ("summary", "At the end", _summary(study)),
         ("courses", "Over the steps", _courses(study)),
         ("frontier", "Accuracy against KL", _frontier(study)),
@@ -146,6 +148,12 @@ def _unfinished(study: Study) -> str:
         return ""
     note = _note("They are drawn as far as they came. Final values are of finished runs only, where an arm has one.")
     return _table("<th>Run</th><th>Status</th><th>Last step</th><th>What is known</th>", rows) + note
+
+
+def _alarms(study: Study) -> str:
+    cells = [tuple(map(escape, each)) for each in alarms(study.runs)]
+    rows = [f"<th>{run}</th><td>{name}</td><td>{steps}</td>" for run, name, steps in cells]
+    return _table("<th>Run</th><th>Alarm</th><th>Where</th>", rows) if rows else ""
 
 
 def _run_row(run: Run) -> str:

@@ -23,6 +23,7 @@ from klreg_verl.analysis.runs import Run, load, long_table
 from klreg_verl.analysis.summary import (
     Column,
     Group,
+    alarms,
     checks,
     differing_facts,
     error_over,
@@ -120,6 +121,7 @@ def markdown_text(study: Study, drawn: Sequence[str], findings: str = "") -> str
         f"{FINDINGS[0]}\n{findings.strip()}\n{FINDINGS[1]}" if findings.strip() else "\n".join(FINDINGS),
         f"## What this is, and what it is not\n\n{scope(study.groups)}",
         _section("Runs that are not finished or not whole", _unfinished_lines(study)),
+        _section("Alarms", _table(("run", "alarm", "where"), alarms(study.runs))),
         _section("At the end", _summary_markdown(study)),
         _section("Figures", _figures_markdown(study, drawn)),
         _section("What each arm's gradient followed", _gradient_lines(study)),

@@ -22,6 +22,7 @@ from typing import Any
 
 import pandas as pd
 
+ALARM, SATURATED = "alarm/", "kl/saturated"
 SEED_FOLDER = re.compile(r"seed(\d+)")
 
 
@@ -75,6 +76,14 @@ class Run:
     def training(self) -> pd.DataFrame:
         """The rows of training steps (1, 2, ...)."""
         return self.metrics[self.metrics.index >= 1]
+
+    @property
+    def alarms(self) -> dict[str, list[int]]:
+        """Alarm -> the steps whose line raised it; a controller that left its bounds is told as `beta saturated`."""
+        marks = [str(key) for key in self.training if str(key).startswith(ALARM) or key == SATURATED]
+        raised = {key: self.training.index[self.training[key] > 0].tolist() for key in marks}
+        names = {key: "beta saturated" if key == SATURATED else key.removeprefix(ALARM) for key in marks}
+        return {names[key]: steps for key, steps in raised.items() if steps}
 
     @property
     def last_step(self) -> int:

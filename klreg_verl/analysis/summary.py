@@ -214,6 +214,27 @@ def scope(groups: Sequence[Group]) -> str:
     )
 
 
+def alarms(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """(run, alarm, steps) of every alarm; with a saturated beta an arm does not hold the KL that it should."""
+    return [
+        (run.run_id, name, f"step {ranges(steps)}" if len(steps) == 1 else f"{len(steps)} steps: {ranges(steps)}")
+        for run in runs
+        for name, steps in run.alarms.items()
+    ]
+
+
+def ranges(steps: Sequence[int]) -> str:
+    """ "3 to 5, 9" of 3, 4, 5, 9; at most six parts."""
+    parts: list[list[int]] = []
+    for step in steps:
+        if parts and step == parts[-1][-1] + 1:
+            parts[-1].append(step)
+        else:
+            parts.append([step])
+    told = [f"{part[0]}" if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts]
+    return ", ".join(told[:6] + ["..."] * (len(told) > 6))
+
+
 def checks(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     """(what is looked at, what was found, what it should be): whether the measurements can be trusted."""
     runs = [run for group in groups for run in group.runs]

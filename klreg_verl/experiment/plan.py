@@ -18,12 +18,15 @@ from typing import Any
 
 from klreg_verl.experiment import strict
 from klreg_verl.experiment.recipe import (
+    AlarmsSpec,
     Cell,
     EvalSpec,
     KLSpec,
     LoggingSpec,
     ModelSpec,
+    ProbesSpec,
     Recipe,
+    ReferenceSpec,
     ResourcesSpec,
     SamplesSpec,
     SaveSpec,
@@ -32,7 +35,19 @@ from klreg_verl.experiment.recipe import (
 )
 from klreg_verl.experiment.strict import ConfigError
 
-_NOT_CONTENT = ("recipe", "question", "root", "arm", "task_name", "grid", "save", "samples", "logging")
+_NOT_CONTENT = (
+    "recipe",
+    "question",
+    "root",
+    "arm",
+    "task_name",
+    "grid",
+    "probes",
+    "alarms",
+    "save",
+    "samples",
+    "logging",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +68,9 @@ class RunSpec:
     task: TaskSpec
     train: TrainSpec
     kl: KLSpec
+    reference: ReferenceSpec = ReferenceSpec()
+    probes: ProbesSpec = ProbesSpec()
+    alarms: AlarmsSpec = AlarmsSpec()
     eval: EvalSpec
     save: SaveSpec
     samples: SamplesSpec
@@ -97,7 +115,7 @@ class RunSpec:
         content = {key: value for key, value in asdict(self).items() if key not in _NOT_CONTENT}
         del content["train"]["steps"]
         del content["task"]["settings"]
-        for section, key in (("task", "train"), ("task", "val"), ("model", "path")):
+        for section, key in (("task", "train"), ("task", "val"), ("model", "path"), ("reference", "path")):
             content[section][key] = _relative(content[section][key], self.root)
         return content
 

@@ -45,9 +45,9 @@ def collect(
 ) -> dict[str, Any]:
     """The content of provenance.json.
 
-    `files`: names (train, val, ...) to the files that are read; `model`: the folder that is loaded, which is the frozen
-    reference too; `extra`: more entries, e.g. the doctor's sentence under "gradient". Raises ValueError for a missing
-    file, and for an entry of `extra` that is already there.
+    `files`: names (train, val, ...) to the files that are read; `model`: the folder that is loaded, for the reference,
+    too, unless the spec names another; `extra`: more entries, e.g. the doctor's sentence under "gradient". Raises
+    ValueError for a missing file, and for an entry of `extra` that is already there.
     """
     model_hash = None if model is None else hash_path(model)
     record: dict[str, Any] = {
@@ -60,7 +60,7 @@ def collect(
         "host": host(),
         "data": {name: {"path": str(path), "sha256": hash_path(path)} for name, path in files.items()},
         "model": {"path": str(model or spec.model.path), "revision": spec.model.revision, "sha256": model_hash},
-        "reference": {"sha256": model_hash},
+        "reference": _reference(spec.reference.path, model_hash),
         "kl_source": kl_sources(),
     }
     if repeated := sorted(set(record) & set(extra or {})):
@@ -166,10 +166,17 @@ def _cpu_model() -> str:
     return next(names, platform.processor())
 
 
+def _reference(path: str | None, starting_model: str | None) -> dict[str, str | None]:
+    """The reference that the run starts with: the starting model, or another (hashed where it is a folder)."""
+    if path is None:
+        return {"sha256": starting_model}
+    return {"path": path, "sha256": hash_path(Path(path)) if Path(path).is_dir() else None}
+
+
 def kl_sources() -> dict[str, str]:
-    """sha256 of the source that computes the KL: our two modules and, if installed, verl's kl_penalty*."""
+    """sha256 of the source that computes the KL: our modules and, if installed, verl's kl_penalty*."""
     sources = {}
-    for name in ("core.kl", "core.penalties"):
+    for name in ("core.kl", "core.exact", "core.penalties", "core.shaping", "core.controllers"):
         path = _PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
         if path.is_file():
             sources[f"klreg_verl.{name}"] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,13 +1,13 @@
 """Recipes: one YAML file per research question -> frozen dataclasses, checked before anything starts.
 
     load(path, overrides) -> Recipe     arms x tasks x grid points, each a checked `Settings` (a `Cell`)
-    load_kl(path) -> KLSpec             one KL block alone, as the environment variable KLREG_KL names it
+    load_kl(path) -> KLBlock            one KL block alone, as the environment variable KLREG_KL names it
     check_claims(recipe)                asks the doctor whether each arm follows the divergence it claims
 
 What is merged, later over earlier: `base:` file, recipe, command-line overrides; then for one cell the recipe's
-sections, the task's `settings:`, the arm, the grid point. Mappings merge key by key, all else is replaced, with two
+sections, the task's `settings:`, the arm, the grid point. Mappings merge key by key, all else is replaced, with three
 exceptions where one key decides what the others mean: `kl: {placement: none}` drops the KL settings inherited from
-below, and `model: {path: ...}` drops the inherited options of another model.
+below, `model: {path: ...}` the inherited options of another model, and a `kind:` the parameters of another kind.
 
 A value that reaches no run is refused: a setting without effect is a mistake that a study finds too late.
 Relative paths are relative to the file that says them; those of command-line overrides to the current folder.
@@ -19,16 +19,16 @@ import functools
 import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from klreg_verl.experiment import strict
+from klreg_verl.experiment.kl_settings import AlarmsSpec, KLSpec, ProbesSpec, ReferenceSpec
 from klreg_verl.experiment.settings import (
     DOTTED,
     SECTIONS,
     EvalSpec,
-    KLSpec,
     LoggingSpec,
     ModelSpec,
     ResourcesSpec,
@@ -41,12 +41,16 @@ from klreg_verl.experiment.settings import (
 from klreg_verl.experiment.strict import ConfigError, Node
 
 __all__ = [
+    "AlarmsSpec",
     "Cell",
     "EvalSpec",
+    "KLBlock",
     "KLSpec",
     "LoggingSpec",
     "ModelSpec",
+    "ProbesSpec",
     "Recipe",
+    "ReferenceSpec",
     "ResourcesSpec",
     "SamplesSpec",
     "SaveSpec",
@@ -127,24 +131,38 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     return _Composer(path, merged, checked_files).recipe(tuple(overrides))
 
 
-def load_kl(path: Path | str) -> KLSpec:
-    """One KL block from a YAML file: the bare mapping, or under a single top-level key `kl:`. Raises ConfigError."""
+@dataclass(frozen=True, kw_only=True)
+class KLBlock:
+    """All that a run's hooks are told: what the file named by KLREG_KL holds."""
+
+    kl: KLSpec = KLSpec()
+    reference: ReferenceSpec = ReferenceSpec()
+    probes: ProbesSpec = ProbesSpec()
+    alarms: AlarmsSpec = AlarmsSpec()
+
+
+def load_kl(path: Path | str) -> KLBlock:
+    """A file with a recipe's sections `kl`, `reference`, `probes`, `alarms`, or a bare KL block. Raises ConfigError."""
     node = strict.parse_file(Path(path))
     children = node.mapping()
     if "arms" in children:
         raise node.error("this is a recipe. A KL file holds one KL block: placement, estimator, follows, beta.")
-    return strict.build(KLSpec, children["kl"] if list(children) == ["kl"] else node)
+    if set(children) & {field.name for field in fields(KLBlock)}:
+        return strict.build(KLBlock, node)
+    return KLBlock(kl=strict.build(KLSpec, node))
 
 
-def check_kl(kl: KLSpec, place: str) -> None:
+def check_kl(kl: KLSpec, place: str, policy_aggregation: str) -> None:
     """Asks the doctor whether the KL follows what it claims; ConfigError with `place`, the reason and the way out.
+
+    `policy_aggregation` is the policy loss's, which a charge in the reward goes through.
 
     Imports klreg_verl.doctor, and so torch, only here: recipes load without it.
     """
     from klreg_verl import doctor
 
     try:
-        doctor.check_claim(kl)
+        doctor.check_claim(kl, policy_aggregation)
     except ValueError as error:
         raise ConfigError([f"{place}: {error}"]) from error
 
@@ -152,9 +170,10 @@ def check_kl(kl: KLSpec, place: str) -> None:
 def check_claims(recipe: Recipe) -> None:
     """`check_kl` for every cell; ConfigError with each different refusal once."""
     problems: list[str] = []
-    for kl, place in {(cell.settings.kl, cell.kl_place): None for cell in recipe.cells}:
+    settings = {(cell.settings.kl, cell.kl_place, cell.settings.train.policy_aggregation) for cell in recipe.cells}
+    for setting in sorted(settings, key=lambda each: each[1]):
         try:
-            check_kl(kl, place)
+            check_kl(*setting)
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:
@@ -198,10 +217,11 @@ def _normalise_sections(node: Node) -> Node:
     children = dict(node.value)
     if "verl" in children:
         children["verl"] = _flattened(children["verl"])
-    model = children.get("model")
-    if model is not None and isinstance(model.value, dict) and "path" in model.value:
-        path = model.value["path"]
-        children["model"] = model.with_value({**model.value, "path": path.with_value(_model_path(path))})
+    for section in ("model", "reference"):
+        of = children.get(section)
+        if of is not None and isinstance(of.value, dict) and "path" in of.value:
+            path = of.value["path"]
+            children[section] = of.with_value({**of.value, "path": path.with_value(_model_path(path))})
     return node.with_value(children)
 
 
@@ -254,6 +274,8 @@ def _merge(under: Node | None, over: Node) -> Node:
         return over
     if not isinstance(over.value, dict):
         return under if over.value is None else over
+    if "kind" in over.value and not over.implied:
+        return over
     merged = dict(under.value)
     for key, child in over.value.items():
         merged[key] = _merge(merged.get(key), child)
@@ -276,7 +298,7 @@ def _decides(section: str, node: Node) -> bool:
 
 
 def _overlay(under: Node, over: Node) -> Node:
-    """Sections over sections, with the two exceptions of the module's head."""
+    """Sections over sections, with the exceptions of the module's head."""
     merged = dict(under.mapping())
     for section, node in over.mapping().items():
         merged[section] = node if _decides(section, node) else _merge(merged.get(section), node)
@@ -548,4 +570,9 @@ def _reads(placement: Node | None, key: str) -> bool:
     where = "none" if placement is None else placement.value
     if where == "none":
         return not key.startswith("kl.") or key == "kl.placement"
-    return key != "kl.aggregation" or where != "reward"
+    unread = {"reward": _LOSS_ONLY, "loss": _REWARD_ONLY}.get(where, ())
+    return key not in unread
+
+
+_LOSS_ONLY = ("kl.aggregation", "kl.correction")
+_REWARD_ONLY = ("kl.credit", "kl.baseline", "kl.normalize_with_reward")

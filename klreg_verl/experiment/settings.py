@@ -13,10 +13,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from klreg_verl.experiment import strict
+from klreg_verl.experiment.kl_settings import (
+    Aggregation,
+    AlarmsSpec,
+    KLSpec,
+    ProbesSpec,
+    ReferenceSpec,
+    check_drawn,
+)
 from klreg_verl.experiment.strict import FieldError
-
-Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
 def _at_least(name: str, value: float, minimum: float, why: str = "") -> None:
@@ -162,52 +167,6 @@ class TrainSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KLSpec:
-    """Where the KL to the reference enters, through which estimator, and which divergence it is claimed to follow."""
-
-    placement: Literal["none", "reward", "loss"] = "none"
-    """none: only measured; reward: charged to the response, outside any std division; loss: added per token."""
-    estimator: Literal["k1", "k2", "k3"] | None = None
-    """A name of the table in core/kl.py."""
-    follows: Literal["reverse", "forward", "none"] | None = None
-    """The claim which divergence's gradient is followed; the doctor must agree."""
-    beta: float | None = None
-    """Coefficient [reward units per nat]."""
-    aggregation: Aggregation | None = None
-    """Of the KL in the loss; null: as the policy loss."""
-    allow_biased: bool = False
-    """Lets an arm run although the doctor refuses it."""
-
-    def __post_init__(self) -> None:
-        if self.placement == "none":
-            self._check_none()
-        else:
-            self._check_placed()
-
-    def _check_none(self) -> None:
-        for name in ("estimator", "follows", "beta", "aggregation", "allow_biased"):
-            value = getattr(self, name)
-            if value is not None and value is not False:
-                raise FieldError(
-                    name, f"{strict.show(value)} has no effect with placement none. Say `placement: reward` or `loss`."
-                )
-
-    def _check_placed(self) -> None:
-        for name in ("estimator", "follows", "beta"):
-            if getattr(self, name) is None:
-                raise FieldError(name, f"missing. `placement: {self.placement}` needs estimator, follows and beta.")
-        if self.beta_or_zero < 0:
-            raise FieldError("beta", f"{self.beta} is negative: it would reward leaving the reference. Give 0 or more.")
-        if self.placement == "reward" and self.aggregation is not None:
-            raise FieldError("aggregation", "has no effect with placement reward: the charge is summed per response.")
-
-    @property
-    def beta_or_zero(self) -> float:
-        """beta, and 0 where nothing is charged [reward units per nat]."""
-        return 0.0 if self.beta is None else self.beta
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvalSpec:
     """Validation: when, and how it samples."""
 
@@ -304,6 +263,9 @@ class Settings:
     model: ModelSpec
     train: TrainSpec = TrainSpec()
     kl: KLSpec = KLSpec()
+    reference: ReferenceSpec = ReferenceSpec()
+    probes: ProbesSpec = ProbesSpec()
+    alarms: AlarmsSpec = AlarmsSpec()
     eval: EvalSpec = EvalSpec()
     save: SaveSpec = SaveSpec()
     samples: SamplesSpec = SamplesSpec()
@@ -314,9 +276,30 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_batch()
+        self._check_kl()
         for outer, inner in itertools.permutations(self.verl, 2):
             if inner.startswith(outer + "."):
                 raise FieldError("verl", f"{outer!r} and {inner!r} contradict: one is inside the other. Keep one.")
+
+    def _check_kl(self) -> None:
+        if self.kl.normalize_with_reward and self.train.advantage != "grpo":
+            raise FieldError(
+                "kl.normalize_with_reward",
+                f"true has no effect with train.advantage={self.train.advantage}: only grpo divides by a std.",
+            )
+        lora = any("lora" in key for key in self.verl)
+        if self.reference.moves and lora:
+            raise FieldError("reference", "cannot move with LoRA: there the reference is the base under the adapter.")
+        check_drawn(self.kl, self.reference, starting_model=self.model.path, lora=lora)
+        if self.kl.is_drawn:
+            self._check_draw()
+
+    def _check_draw(self) -> None:
+        responses = self.train.prompts_per_update * self.train.responses_per_prompt
+        try:
+            self.kl.draw.per_update(responses, self.resources.world_size)
+        except FieldError as error:
+            raise FieldError(f"kl.draw.{error.field}", error.message) from None
 
     def _check_batch(self) -> None:
         world, responses = self.resources.world_size, self.train.responses_per_prompt
@@ -339,7 +322,18 @@ class Settings:
 
 
 SECTIONS: tuple[str, ...] = tuple(f.name for f in fields(Settings))
-_SPECS = (ModelSpec, TrainSpec, KLSpec, EvalSpec, SaveSpec, SamplesSpec, LoggingSpec, ResourcesSpec)
+_SPECS = (
+    ModelSpec,
+    TrainSpec,
+    KLSpec,
+    ReferenceSpec,
+    AlarmsSpec,
+    EvalSpec,
+    SaveSpec,
+    SamplesSpec,
+    LoggingSpec,
+    ResourcesSpec,
+)
 DOTTED: tuple[str, ...] = tuple(
     f"{section}.{f.name}" for section, spec in zip(SECTIONS, _SPECS, strict=False) for f in fields(spec)
 )

@@ -8,20 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klreg_verl.core import diversity, metrics
-from klreg_verl.core.penalties import response_charge
+from klreg_verl.core import diversity, kl, metrics
+from klreg_verl.core.aggregation import masked_mean, response_sum
 from klreg_verl.experiment.recipe import KLSpec
+from klreg_verl.verl_hooks import terms
 from klreg_verl.verl_hooks.names import TIMINGS
 from klreg_verl.verl_hooks.rows import Rows
 
 
-def measure(rows: Rows, kl: KLSpec, beta: float, max_response_tokens: int) -> dict[str, float]:
+def measure(rows: Rows, spec: KLSpec, beta: float, max_response_tokens: int) -> dict[str, float]:
     """All of our metrics of one batch, sampled before the update (keys: core.metrics.METRICS)."""
     mask, valid = rows.response_mask, is_valid(rows)
     return {
         **reward_metrics(rows, valid, max_response_tokens),
-        **kl_placement_metrics(rows, kl, beta),
+        **kl_placement_metrics(rows, spec, beta),
+        **estimate_metrics(rows, spec, beta),
         **metrics.kl_metrics(rows.old_logprobs, rows.ref_logprobs, mask, valid),
+        **metrics.group_metrics(rows.scores, rows.group_ids),
         **metrics.entropy_metrics(rows.entropy, mask),
         **metrics.mismatch_metrics(rows.old_logprobs, rows.rollout_logprobs, mask),
         **diversity.unique_valid(answers(rows), valid, rows.group_ids, num_valid(rows)),
@@ -58,16 +61,59 @@ def reward_metrics(rows: Rows, valid: Tensor, max_response_tokens: int) -> dict[
     }
 
 
-def kl_placement_metrics(rows: Rows, kl: KLSpec, beta: float) -> dict[str, float]:
+def kl_placement_metrics(rows: Rows, spec: KLSpec, beta: float) -> dict[str, float]:
     """What the arm's KL term charges; the loss's own charge comes from the workers."""
     logged = {"kl/beta": beta, "reward/penalized": rows.scores.double().mean().item()}
-    if kl.placement == "reward":
-        charge = response_charge(kl.estimator, rows.old_logprobs, rows.ref_logprobs, rows.response_mask)
-        logged["kl/penalty"] = beta * charge.double().mean().item()
+    if spec.in_reward:
+        charge = terms.token_charge(spec, rows.old_logprobs, rows.ref_logprobs, rows.response_mask)
+        logged["kl/penalty"] = beta * response_sum(charge, rows.response_mask).double().mean().item()
         logged["reward/penalized"] -= logged["kl/penalty"]
-    if kl.placement == "none":
+    if spec.placement == "none":
         logged["kl/penalty"] = 0.0
     return logged
+
+
+def estimate_metrics(rows: Rows, spec: KLSpec, beta: float) -> dict[str, float]:
+    """The arm's own estimate before and after shaping, per token; nothing where it needs logits, or there is none."""
+    if spec.estimator is None or spec.is_exact or spec.is_drawn:
+        return {}
+    mask = rows.response_mask
+    raw = kl.value(spec.estimator, rows.old_logprobs, rows.ref_logprobs, cap=spec.cap)
+    logged = {
+        "adaptive_kl/raw_kl": masked_mean(raw, mask).item(),
+        "adaptive_kl/adapted_kl": masked_mean(terms.shaping_of(spec).shape(raw, mask), mask).item(),
+        "adaptive_kl/current_beta": beta,
+    }
+    if spec.cap is not None:
+        hits = kl.cap_hits(rows.old_logprobs, rows.ref_logprobs, spec.cap)
+        logged["kl/cap_fraction"] = masked_mean(hits.double(), mask).item()
+    return logged
+
+
+def effective_beta(rows: Rows, beta: float, divides_by_std: bool) -> float:
+    """beta in units of the task's score [score per nat]; GRPO's division by the std makes the score's part larger."""
+    std = metrics.group_std(rows.scores, rows.group_ids).mean().item() if divides_by_std else 1.0
+    return beta * std
+
+
+def variance_share(task: Tensor, charged: Tensor, mask: Tensor) -> float:
+    """The KL part's share of the variance of the advantages over tokens, as if the two parts were independent."""
+    parts = [part[mask].double().var(unbiased=False).item() for part in (charged - task, task)]
+    return parts[0] / sum(parts) if sum(parts) > 0 else float("nan")
+
+
+def of_verls(logged: Mapping[str, float], spec: KLSpec, beta: float) -> dict[str, float]:
+    """verl's metrics under our keys; none of the actor's is there while a critic warms up."""
+    ours = {"actor/perf/max_memory_allocated_gb": "memory/peak_gb", "actor/ppo_kl": "kl_old/k1_token"}
+    found = {key: logged[verls] for verls, key in ours.items() if verls in logged}
+    if "actor/kl_loss" in logged:
+        name = "kl/penalty" if spec.placement == "loss" else "kl/penalty_loss"
+        found[name] = beta * logged["actor/kl_loss"]
+    if logged.get("actor/exact_tokens"):
+        found["kl_ref/exact_token"] = logged["actor/exact_reverse"] / logged["actor/exact_tokens"]
+    if logged.get("actor/policy_gradient"):
+        found["kl/grad_share"] = (logged["actor/kl_gradient"] / logged["actor/policy_gradient"]) ** 0.5
+    return found
 
 
 def timing_metrics(timing: dict[str, float], tokens: int) -> dict[str, float]:

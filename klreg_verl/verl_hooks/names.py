@@ -39,3 +39,11 @@ TIMINGS = {
 
 ADVANTAGE_PREFIX = "klreg_"
 """Our estimators are registered with verl as klreg_rloo, klreg_grpo and klreg_dr_grpo."""
+
+WORKER_SETTINGS = "klreg"
+"""Under verl's `actor_rollout_ref`: what KLRegWorker is told about the reference."""
+
+EXACT = "klreg_exact"
+"""In the model output: the exact divergence of the loss at each token [nats], with its gradient."""
+EXACT_REVERSE = "klreg_exact_reverse"
+"""In the model output: the exact KL(pi || pi_ref) at each token [nats], measured only."""

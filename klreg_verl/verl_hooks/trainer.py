@@ -5,9 +5,9 @@ One step, in verl's order, and what is ours in it:
     rollout (vLLM)            every request seeded                                       sampling.py
     old, reference log-probs  rows ordered by (prompt, sample) first                     _balance_batch
     advantages                core.advantages; KL in the reward is charged here          _compute_advantage
-    actor update              verl's ppo_loss plus the KL term                           loss.py
+    actor update              verl's ppo_loss plus the KL term; then beta moves          loss.py, beta.py
+    checkpoint                with beta; counts only with its metrics line written       recorder.py
     metrics                   measured on the batch as sampled, before the update        _compute_metrics
-    checkpoint                counts only with its metrics line written                  recorder.py
 
 The class stands under verl's name "sync" (plugin.py), so `python -m verl.trainer.main_ppo` starts it, too.
 """
@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
+from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
@@ -29,12 +31,27 @@ from verl.utils.tracking import Tracking
 from verl.workers.utils.padding import response_to_nested
 
 from klreg_verl.core import penalties
+from klreg_verl.core.advantages import grpo
+from klreg_verl.core.aggregation import masked, response_sum
 from klreg_verl.experiment.recipe import KLSpec, check_kl, load_kl
-from klreg_verl.verl_hooks import measure, names, rows, sampling
+from klreg_verl.verl_hooks import (
+    checkpoints,
+    exact,
+    measure,
+    names,
+    reference,
+    reference_samples,
+    rows,
+    sampling,
+    terms,
+    worker,
+)
 from klreg_verl.verl_hooks.advantages import group_ids
+from klreg_verl.verl_hooks.beta import Beta
 from klreg_verl.verl_hooks.loss import actor_loss
 from klreg_verl.verl_hooks.plugin import KL_VARIABLE
 from klreg_verl.verl_hooks.recorder import Recorder
+from klreg_verl.verl_hooks.watch import Watch
 
 POLL_SECONDS = 0.05
 """verl's replay buffer looks every 2 s whether the responses are there; a tiny model's are there in less."""
@@ -43,10 +60,13 @@ POLL_SECONDS = 0.05
 class KLRegTrainer(PPOTrainerSync):
     """verl's "sync" trainer under one KL block (KLREG_KL), writing to one run folder (KLREG_RUN, optional)."""
 
+    probed = False
+
     def __init__(self, config: DictConfig) -> None:
-        self.kl = load_kl(os.environ[KL_VARIABLE])
-        check_kl(self.kl, os.environ[KL_VARIABLE])
-        self.beta = self.kl.beta_or_zero
+        self.block = load_kl(os.environ[KL_VARIABLE])
+        self.kl = self.block.kl
+        check_kl(self.kl, os.environ[KL_VARIABLE], config.actor_rollout_ref.actor.loss_agg_mode)
+        self.beta, self.watch = Beta(self.kl), Watch(self.block.alarms)
         self.recorder = Recorder.from_environment()
         prepare(config, self.kl)
         super().__init__(config)
@@ -67,13 +87,39 @@ class KLRegTrainer(PPOTrainerSync):
     def on_init_end(self) -> None:
         """The workers get our loss once they exist."""
         super().on_init_end()
+        self.reference_hash = self.actor_rollout_wg.reference_hash()[0]
+        print(f"[klreg] reference hash at the start of this attempt: {self.reference_hash}", flush=True)
         self.send_loss()
 
     def send_loss(self) -> None:
         """Ship the actor's loss to every worker (milliseconds)."""
         actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
         object.__setattr__(actor, "use_kl_loss", False)  # ours is the only KL term, and NaN * 0 is not 0
-        self.actor_rollout_wg.set_loss_fn(partial(actor_loss, config=actor, kl=self.kl, beta=self.beta))
+        loss = partial(actor_loss, config=actor, kl=self.kl, beta=self.beta.now)
+        self.actor_rollout_wg.set_loss_fn(exact.with_logits(loss, self.kl, probe=self.probing))
+
+    @property
+    def probing(self) -> bool:
+        """Whether the exact KL is measured at this step."""
+        every = self.block.probes.exact_every
+        return bool(every) and self.global_steps % every == 0
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        worker.install(self, self.block.reference)
+
+    def on_train_begin(self) -> None:
+        """What is drawn from the reference is drawn while it still is the policy."""
+        super().on_train_begin()
+        reference_samples.prepare(self)
+
+    def on_step_begin(self) -> None:
+        """The beta that the controller chose after the last update; in the loss it is shipped again."""
+        self.watch.end_if_asked()
+        super().on_step_begin()
+        moved, probed, self.probed = self.beta.begin_step(), self.probed, self.probing
+        if (moved and self.kl.in_loss) or probed != self.probing:
+            self.send_loss()
 
     def _balance_batch(self, batch: KVBatchMeta, *args: Any, **kwargs: Any) -> KVBatchMeta:
         """Order rows by (prompt, sample), so that the same samples give the same batch whoever finished first."""
@@ -96,21 +142,45 @@ class KLRegTrainer(PPOTrainerSync):
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """Task advantages through verl; then the reward placement's KL, outside any division by a group's std."""
         batch = super()._compute_advantage(batch, metrics)
-        return charge_kl(batch, self.kl, self.beta) if self.kl.placement == "reward" else batch
+        self.sampled = rows.fetch(batch)
+        return charge_kl(batch, self.kl, self.beta.now, metrics) if self.kl.in_reward else batch
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """verl's update; the checkpoint that may follow holds the beta of the next one."""
+        reference_samples.begin_update(self)
+        batch = super()._update_actor(batch, metrics)
+        self.beta.updated(self.sampled, self.global_steps)
+        metrics.update(worker.move(self.actor_rollout_wg, self.block.reference, self.global_steps))
+        return batch
+
+    def on_step_end(self) -> None:
+        """verl's; after the last step a reference that was to stay must be the one that the run started with."""
+        super().on_step_end()
+        if self.global_steps >= self.total_training_steps and not self.block.reference.moves:
+            reference.require_same(self.reference_hash, self.actor_rollout_wg.reference_hash()[0])
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict, *args, **kwargs) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, *args, **kwargs)
-        sampled = rows.fetch(batch)
+        sampled = self.sampled
         tokens = sum(map(len, sampled.prompts)) + sum(map(len, sampled.responses))
-        metrics.update(measure.measure(sampled, self.kl, self.beta, self.config.data.max_response_length))
+        metrics.update(measure.measure(sampled, self.kl, self.beta.now, self.config.data.max_response_length))
+        metrics["kl/beta_effective"] = measure.effective_beta(sampled, self.beta.now, self.divides_by_std)
+        metrics["kl/saturated"] = float(self.beta.state.saturated)
         metrics.update(measure.timing_metrics(timing_raw, tokens))
-        if "actor/perf/max_memory_allocated_gb" in metrics:  # not while a critic warms up
-            metrics["memory/peak_gb"] = metrics["actor/perf/max_memory_allocated_gb"]
-        if "actor/kl_loss" in metrics:
-            metrics["kl/penalty"] = self.beta * metrics["actor/kl_loss"]
+        metrics.update(measure.of_verls(metrics, self.kl, self.beta.now))
+        metrics.update(reference_samples.logged(metrics, self.beta.now))
+        metrics.update(self.watch.check(self.global_steps, metrics))
         if self.recorder is not None:
             columns = measure.samples_columns(sampled, self.global_steps, self._row_of(), self.tokenizer.decode)
             self.recorder.write_samples(self.global_steps, columns)
+
+    @property
+    def divides_by_std(self) -> bool:
+        """Whether the task's scores are divided by their group's std, and the KL term is not."""
+        algorithm = self.config.algorithm
+        own = algorithm.adv_estimator == f"{names.ADVANTAGE_PREFIX}grpo"
+        verls = algorithm.adv_estimator in ("grpo", "grpo_vectorized") and algorithm.norm_adv_by_std_in_grpo
+        return bool(own or verls) and not self.kl.normalize_with_reward
 
     def _val_metrics_update(self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns, **expected) -> dict:
         counts = expected["expected_acc_counts"]
@@ -120,15 +190,24 @@ class KLRegTrainer(PPOTrainerSync):
         if self.recorder is not None and not self.recorder.wants_checkpoint(self.global_steps):
             return
         super()._save_checkpoint()
+        self.beta.save(self._checkpoint_folder())
+        if self.reference_hash is not None:
+            print(f"[klreg] {self.actor_rollout_wg.save_reference(str(self._checkpoint_folder()))[0]}", flush=True)
         if self.recorder is not None:
             self.recorder.checkpoint_saved(self.global_steps)
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         if self.global_steps:
+            self.beta.load(self._checkpoint_folder())
+            worker.restore(self.actor_rollout_wg, self.block.reference, self._checkpoint_folder())
             self.config.trainer.val_before_train = False  # that line was written by the attempt that started at 0
         if self.recorder is not None:
             self.recorder.resume_at(self.global_steps)
+            self.watch.resume(self.recorder.folder.read_metrics())
+
+    def _checkpoint_folder(self) -> Path:
+        return checkpoints.step_folder(Path(self.config.trainer.default_local_dir), self.global_steps)
 
 
 def prepare(config: DictConfig, kl: KLSpec) -> None:
@@ -143,10 +222,11 @@ def prepare(config: DictConfig, kl: KLSpec) -> None:
             "verl's own KL is on (algorithm.use_kl_in_reward, or actor.use_kl_loss with a coefficient) beside a "
             f"{KL_VARIABLE} block: two KL terms would be followed. Switch verl's off, or unset {KL_VARIABLE}."
         )
-    if kl.placement == "reward" and config.algorithm.adv_estimator not in REWARD_CARRIERS:
+    if kl.in_reward and config.algorithm.adv_estimator not in REWARD_CARRIERS:
+        given = f"kl.placement={kl.placement} with algorithm.adv_estimator={config.algorithm.adv_estimator}"
         raise ValueError(
-            f"kl.placement=reward with algorithm.adv_estimator={config.algorithm.adv_estimator}: KL is charged against "
-            f"a group's other responses. Use one of {sorted(REWARD_CARRIERS)}, or kl.placement=loss."
+            f"{given}: KL is charged against a group's other responses. Use one of {sorted(REWARD_CARRIERS)}, or "
+            "kl.placement=loss."
         )
     with open_dict(config):
         actor.use_kl_loss, actor.kl_loss_coef = True, 0.0  # verl loads the reference only so; our loss skips its term
@@ -171,30 +251,56 @@ REWARD_CARRIERS = {"rloo", "rloo_vectorized", "grpo", "grpo_vectorized", "klreg_
 """Group-relative estimators whose advantage is one number per response."""
 
 
-def charge_kl(batch: KVBatchMeta, kl: KLSpec, beta: float) -> KVBatchMeta:
-    """Subtract beta times the response's KL charge (against its siblings') from the stored advantages."""
+def charge_kl(batch: KVBatchMeta, kl: KLSpec, beta: float, metrics: dict[str, Any]) -> KVBatchMeta:
+    """Subtract beta times each token's charge (against its siblings') from the stored advantages."""
     fields = [names.GROUP, names.RESPONSE_MASK, names.OLD_LOGPROBS, names.REF_LOGPROBS, names.ADVANTAGES]
+    fields += [names.TOKEN_REWARDS] * kl.normalize_with_reward
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
     nested_mask = data[names.RESPONSE_MASK]
-    old, ref, task, mask = (
-        torch.nested.to_padded_tensor(data[name], 0.0)
-        for name in (names.OLD_LOGPROBS, names.REF_LOGPROBS, names.ADVANTAGES, names.RESPONSE_MASK)
-    )
-    groups = group_ids(rows.as_list(data[names.GROUP]))
-    penalty = penalties.reward_penalty(kl.estimator, old, ref, mask.bool(), groups)
-    advantages = response_to_nested(penalties.penalized_advantages(task, penalty, beta=beta) * mask, nested_mask)
-    stored = TensorDict({names.ADVANTAGES: advantages, names.RETURNS: advantages}, batch_size=len(batch))
+    padded = {name: torch.nested.to_padded_tensor(data[name], 0.0) for name in fields[1:]}
+    mask, groups = padded[names.RESPONSE_MASK].bool(), group_ids(rows.as_list(data[names.GROUP]))
+    charged = _normalized if kl.normalize_with_reward else _beside
+    advantages = masked(charged(kl, beta, padded, mask, groups), mask)
+    metrics["kl/advantage_share"] = measure.variance_share(padded[names.ADVANTAGES], advantages, mask)
+    nested = response_to_nested(advantages, nested_mask)
+    stored = TensorDict({names.ADVANTAGES: nested, names.RETURNS: nested}, batch_size=len(batch))
     return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=stored)
+
+
+def _beside(kl: KLSpec, beta: float, padded: dict[str, Tensor], mask: Tensor, groups: Tensor) -> Tensor:
+    """(B, T): the task's advantages, minus beta times the penalty."""
+    penalty = terms.reward_penalty(kl, padded[names.OLD_LOGPROBS], padded[names.REF_LOGPROBS], mask, groups)
+    return penalties.penalized_advantages(padded[names.ADVANTAGES], penalty, beta=beta)
+
+
+def _normalized(kl: KLSpec, beta: float, padded: dict[str, Tensor], mask: Tensor, groups: Tensor) -> Tensor:
+    """(B, T): GRPO on score minus beta times the response's charge. The std divides beta, too, and in a group of equal
+    scores cancels it: biased, and there to be measured."""
+    charge = response_sum(terms.token_charge(kl, padded[names.OLD_LOGPROBS], padded[names.REF_LOGPROBS], mask), mask)
+    scores = padded[names.TOKEN_REWARDS].sum(dim=-1) - beta * charge
+    return grpo(scores, groups)[:, None].expand_as(mask)
 
 
 def active_line(config: DictConfig, kl: KLSpec) -> str:
     """What is active in this run and whose code computes it, in one line of the log."""
     advantage = config.algorithm.adv_estimator
     computes = "klreg_verl.core.advantages" if str(advantage).startswith(names.ADVANTAGE_PREFIX) else "verl"
-    term = {"none": "none (measured only)", "reward": "core.penalties.reward_penalty", "loss": "verl_hooks.loss"}
+    code = {
+        "none": "none (measured only)",
+        "reward": "core.penalties.reward_penalty",
+        "loss": "core.exact" if kl.is_exact else "core.penalties.kl_loss_per_token",
+        "both": "core.penalties.reward_penalty and kl_loss_per_token",
+    }
     return (
         f"[klreg] KL placement={kl.placement} estimator={kl.estimator} follows={kl.follows} beta={kl.beta} "
-        f"computed by {term[kl.placement]} | advantage={advantage} computed by {computes} "
+        f"{_details(kl)}computed by {code[kl.placement]} | advantage={advantage} computed by {computes} "
         f"| policy loss {config.actor_rollout_ref.actor.policy_loss.loss_mode} and its aggregation "
         f"{config.actor_rollout_ref.actor.loss_agg_mode} by verl"
     )
+
+
+def _details(kl: KLSpec) -> str:
+    """What of the block is not as by default."""
+    said = {name: getattr(kl, name) for name in ("credit", "baseline", "correction", "aggregation", "cap", "top_k")}
+    said |= {"shaping": kl.shaping.kind, "controller": kl.controller.kind}
+    return "".join(f"{name}={value} " for name, value in said.items() if value not in (None, "none", "fixed"))

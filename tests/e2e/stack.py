@@ -29,12 +29,12 @@ class Lab:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("KLREG_", "VERL_", "RAY_"))}
         return {**kept, "KLREG_RUNS": str(self.runs), "KLREG_CACHE": str(self.cache), "COLUMNS": "160"}
 
-    def start(self, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.Popen[str]:
+    def start(self, *arguments: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.Popen[str]:
         """`klreg ...` as a process of its own."""
         command = [sys.executable, "-m", "klreg_verl.cli", *map(str, arguments)]
         output = subprocess.PIPE
         return subprocess.Popen(
-            command, cwd=cwd, env=self.environment, stdout=output, stderr=subprocess.STDOUT, text=True
+            command, cwd=cwd, env=self.environment | variables, stdout=output, stderr=subprocess.STDOUT, text=True
         )
 
     def klreg(self, *arguments: str | Path, cwd: Path = ROOT, timeout: float = 420) -> str:

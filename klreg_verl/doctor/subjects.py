@@ -1,0 +1,180 @@
+"""Whose functions are judged: those of klreg_verl.core that train, or (klreg_verl.doctor.stock) those of verl.
+
+A subject is handed the log-probabilities and logits of listed responses, and does with them what its trainer does.
+Shapes: logits (N, T, V), everything else (N, T), with rows for responses or members of groups.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from klreg_verl.core import advantages, exact, kl, penalties
+from klreg_verl.doctor.rules import Charge, Pull
+
+EXACT = ("full_reverse", "full_forward", "topk_reverse", "topk_forward")
+"""Divergences over the vocabulary, klreg_verl.core.exact: for the loss only."""
+BETA = 0.01
+"""Where scores are normalized the gradient is not linear in beta, and is judged at this one."""
+
+
+class Subject(Protocol):
+    """What the doctor asks of a trainer's functions."""
+
+    def __hash__(self) -> int:
+        """Judgements are cached for each subject."""
+
+    @property
+    def title(self) -> str:
+        """Whose functions they are."""
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error up to which two gradients count as equal."""
+
+    @property
+    def largest(self) -> int:
+        """Groups of three are listed up to this number of them, groups of two beyond."""
+
+    @property
+    def estimators(self) -> tuple[str, ...]:
+        """The names of estimators that both placements know."""
+
+    @property
+    def in_loss_only(self) -> tuple[str, ...]:
+        """The names of those that only the loss knows."""
+
+    def check(self, estimator: str) -> None:
+        """ValueError where it has no estimator of that name."""
+
+    def row(self, estimator: str) -> str:
+        """What the estimator is called in klreg_verl.core.kl, for reasons."""
+
+    def options(self, placement: str, estimator: str) -> list[dict[str, Any]]:
+        """The settings of one estimator in one placement beside the aggregation, in fields of Rule; the usual first."""
+
+    def value(self, estimator: str, logits: Tensor, ref_logits: Tensor, tokens: Tensor, cap: float | None) -> Tensor:
+        """What is logged at each token, (N, T)."""
+
+    def loss(
+        self, pull: Pull, logits: Tensor, ref_logits: Tensor, tokens: Tensor, mask: Tensor, old_logprobs: Tensor
+    ) -> Tensor:
+        """What each token back-propagates into its logits, (N, T); what is under the mask is not read."""
+
+    def penalty(
+        self, charge: Charge, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, groups: Tensor, scores: Tensor
+    ) -> Tensor:
+        """What the KL takes off each token's advantage, (N, T), divided by beta; `scores`, (N,), are the task's."""
+
+    def token_weights(self, aggregation: str, mask: Tensor, mean_tokens: float) -> Tensor:
+        """The factor on each token's loss, (N, T), in a large batch of responses of `mean_tokens` tokens on average."""
+
+
+class Ours:
+    """The functions that klreg_verl trains with."""
+
+    title = "klreg_verl"
+    tolerance = 1e-9
+    largest = 5000
+
+    @property
+    def estimators(self) -> tuple[str, ...]:
+        """All of the table in klreg_verl.core.kl."""
+        return kl.names()
+
+    @property
+    def in_loss_only(self) -> tuple[str, ...]:
+        """The exact ones, which need the logits."""
+        return EXACT
+
+    def check(self, estimator: str) -> None:
+        """Built-in, exact, or pkg.module:name."""
+        if estimator not in EXACT:
+            kl.estimator(estimator)
+
+    def row(self, estimator: str) -> str:
+        """The same."""
+        return estimator
+
+    def options(self, placement: str, estimator: str) -> list[dict[str, Any]]:
+        """Every credit in the reward (and whole responses inside the normalization), every correction in the loss."""
+        if estimator in EXACT:
+            return [{}] if placement == "loss" else []
+        corrected: list[dict[str, Any]] = [
+            {"correction": correction}
+            for correction in penalties.CORRECTIONS
+            if correction != "importance" or _is_differentiable(estimator)
+        ]
+        credited: list[dict[str, Any]] = [{"credit": credit} for credit in penalties.CREDITS]
+        credited.insert(1, {"credit": "sequence", "normalization": "std"})
+        if placement == "both":
+            return [credit | correction for credit in credited for correction in corrected]
+        return credited if placement == "reward" else corrected
+
+    def value(self, estimator: str, logits: Tensor, ref_logits: Tensor, tokens: Tensor, cap: float | None) -> Tensor:
+        """kl.value, or the exact divergence."""
+        if estimator in EXACT:
+            return _exact(estimator, logits, ref_logits)
+        return kl.value(estimator, of_tokens(logits, tokens), of_tokens(ref_logits, tokens), cap=cap)
+
+    def loss(
+        self, pull: Pull, logits: Tensor, ref_logits: Tensor, tokens: Tensor, mask: Tensor, old_logprobs: Tensor
+    ) -> Tensor:
+        """penalties.kl_loss_per_token, or the exact divergence."""
+        if pull.estimator in EXACT:
+            return _exact(pull.estimator, logits, ref_logits)
+        return penalties.kl_loss_per_token(
+            pull.estimator,
+            of_tokens(logits, tokens),
+            of_tokens(ref_logits, tokens),
+            mask,
+            old_logprobs=old_logprobs,
+            correction=pull.correction,
+            shaping=pull.shaping,
+            cap=pull.cap,
+        )
+
+    def penalty(
+        self, charge: Charge, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, groups: Tensor, scores: Tensor
+    ) -> Tensor:
+        """penalties.reward_penalty; normalized: what charging the score changes in the GRPO advantage."""
+        given = (charge.estimator, old_logprobs, ref_logprobs, mask)
+        options: dict[str, Any] = {"shaping": charge.shaping, "cap": charge.cap}
+        if charge.normalization == "none":
+            return penalties.reward_penalty(*given, groups, credit=charge.credit, baseline=charge.baseline, **options)
+        charged = scores - BETA * penalties.response_charge(*given, **options)
+        taken_off = advantages.compute("grpo", scores, groups) - advantages.compute("grpo", charged, groups)
+        return (taken_off / BETA).unsqueeze(-1) * mask
+
+    def token_weights(self, aggregation: str, mask: Tensor, mean_tokens: float) -> Tensor:
+        """verl's agg_loss in formulas, since training aggregates with it and the doctor must do without verl."""
+        length = mask.sum(dim=-1, keepdim=True)
+        divisor = {
+            "token-mean": torch.full_like(length, mean_tokens, dtype=torch.float64),
+            "seq-mean-token-sum": torch.ones_like(length),
+            "seq-mean-token-mean": length,
+            "seq-mean-token-sum-norm": torch.full_like(length, mask.shape[-1]),
+        }[aggregation]
+        return mask / divisor.double()
+
+
+OURS = Ours()
+
+
+def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of each token, (N, T, V), (N, T) -> (N, T)."""
+    return logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def _is_differentiable(estimator: str) -> bool:
+    """Whether the ratio times its value can be differentiated: a user's own value may not pass a gradient."""
+    return kl.estimator(estimator).value(torch.zeros(1, 1, requires_grad=True)).requires_grad
+
+
+def _exact(name: str, logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """With one token kept apart in topk: more of them is nearer to the full divergence, and all but one is exact."""
+    if name == "full_reverse":
+        return exact.full_reverse(logits, ref_logits)
+    if name == "full_forward":
+        return exact.full_forward(logits, ref_logits)
+    return exact.topk(logits, ref_logits, 1, "forward" if name == "topk_forward" else "reverse")

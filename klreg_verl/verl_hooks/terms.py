@@ -1,0 +1,54 @@
+"""One KL block -> the calls of klreg_verl.core that it stands for; nothing is computed here."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from klreg_verl.core import controllers, penalties, shaping
+from klreg_verl.core.controllers import Controller
+from klreg_verl.core.shaping import Shaping
+from klreg_verl.experiment.recipe import KLSpec
+
+
+def shaping_of(kl: KLSpec) -> Shaping:
+    """What is done to the estimate before it acts."""
+    return shaping.shaping(kl.shaping.kind, **kl.shaping.parameters)
+
+
+def controller_of(kl: KLSpec) -> Controller:
+    """What moves beta."""
+    return controllers.controller(kl.controller.kind, **kl.controller.parameters)
+
+
+def token_charge(kl: KLSpec, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """What each token costs in the reward, (B, T) in nats, after shaping and before beta."""
+    return penalties.token_charge(kl.estimator, logprobs, ref_logprobs, mask, shaping=shaping_of(kl), cap=kl.cap)
+
+
+def reward_penalty(kl: KLSpec, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, group_ids: Tensor) -> Tensor:
+    """What is taken off the advantages times beta, (B, T) in nats."""
+    return penalties.reward_penalty(
+        kl.estimator,
+        logprobs,
+        ref_logprobs,
+        mask,
+        group_ids,
+        credit=kl.credit or "sequence",
+        baseline=kl.baseline or "siblings",
+        shaping=shaping_of(kl),
+        cap=kl.cap,
+    )
+
+
+def loss_per_token(kl: KLSpec, logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The KL loss at each token, (B, T) in nats, before beta and before aggregation."""
+    return penalties.kl_loss_per_token(
+        kl.estimator,
+        logprobs,
+        ref_logprobs,
+        mask,
+        old_logprobs=old_logprobs,
+        correction=kl.correction or "none",
+        shaping=shaping_of(kl),
+        cap=kl.cap,
+    )

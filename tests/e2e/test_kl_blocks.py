@@ -1,0 +1,120 @@
+"""Every KL setting that a recipe can say, on one live stack; a right one pulls back, and a void one does not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stack import ROOT, Lab, finish, metrics
+
+from klreg_verl.core import penalties
+from klreg_verl.experiment.kl_settings import EXACT, SAMPLED
+
+pytestmark = pytest.mark.timeout(1200)
+
+QUICK = ROOT / "recipes" / "quickstart.yaml"
+LEAN = ["eval.before=false", "eval.every=0", "save.every=1000", "samples.every=0", "train.warmup_steps=0"]
+
+
+def block(placement: str, estimator: str, beta: float = 0.1, **more: Any) -> dict[str, Any]:
+    return {"placement": placement, "estimator": estimator, "follows": "none", "beta": beta, **more}
+
+
+def every_block() -> list[dict[str, Any]]:
+    """Each advertised name at least once."""
+    shapings = [{"kind": "clip", "threshold": 0.5}, {"kind": "sigmoid"}, {"kind": "length_normalized"}]
+    aggregations = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+    return [
+        {"placement": "none"},
+        *(block("loss", name) for name in SAMPLED),
+        *(block("loss", "k3", correction=correction) for correction in penalties.CORRECTIONS),
+        *(block("loss", "k2", aggregation=aggregation) for aggregation in aggregations),
+        *(block("loss", "k3", shaping=shaping) for shaping in shapings),
+        block("loss", "k3", cap=0.01),
+        *(block("reward", name) for name in SAMPLED),
+        *(block("reward", "k1", credit=credit) for credit in penalties.CREDITS),
+        block("reward", "k1", baseline="none"),
+        *(block("reward", "k1", shaping=shaping) for shaping in shapings),
+        block("both", "k3", aggregation="seq-mean-token-sum"),
+        block("loss", "math_of_my_own:k2"),
+        *(block("loss", name) for name in EXACT),
+    ]
+
+
+NONE = {"placement": "none"}
+PHASES = {
+    "drift": (12, NONE),
+    "void": (6, block("loss", "k1", 5.0)),
+    "reverse": (14, block("reward", "k1", 5.0)),
+    "drift again": (12, NONE),
+    "forward": (14, block("loss", "k3", 5.0)),
+}
+"""Steps and block; beta 5 drowns the task. Adam's steps are as long as its learning rate, so a pull ends in a small
+cloud around the reference and not on it."""
+OWN = """
+from types import SimpleNamespace
+k2 = SimpleNamespace(value=lambda d: d * d / 2, coefficient=lambda d: d)
+"""
+
+
+def control_blocks() -> list[dict[str, Any]]:
+    return [each for steps, each in PHASES.values() for each in [each] * steps]
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[dict[str, Any]]:
+    """The metrics of one run with a step for every block: first the controls, then everything."""
+    folder = tmp_path_factory.mktemp("blocks")
+    lab = Lab(folder / "runs", cache)
+    blocks = [*control_blocks(), *every_block()]
+    (folder / "blocks.json").write_text(json.dumps(blocks))
+    (folder / "math_of_my_own.py").write_text(OWN)
+    variables = {
+        "KLREG_SWITCH": str(folder / "blocks.json"),
+        "VERL_USE_EXTERNAL_MODULES": "switching",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(folder)]),
+    }
+    settings = [*LEAN, f"train.steps={len(blocks)}"]
+    settings += ["probes.exact_every=5", f"reference.reset_every={len(control_blocks()) + 10}"]
+    finish(lab.start("run", QUICK, "--arm", "forward", *settings, **variables), timeout=1500)
+    return metrics(lab.folder("quickstart", "forward"))
+
+
+def test_a_large_beta_pulls_back_in_both_right_places_and_k1_in_the_loss_does_not(lines: list[dict[str, Any]]):
+    ends = list(itertools.accumulate(steps for steps, _ in PHASES.values()))
+    kl = [line["kl_ref/k3_response"] for line in lines]
+    mean = {name: sum(kl[end - 3 : end]) / 3 for name, end in zip(PHASES, ends, strict=True)}  # of its last three steps
+    assert mean["void"] > 0.7 * mean["drift"], kl
+    assert mean["reverse"] < 0.5 * mean["void"], kl
+    assert mean["forward"] < 0.5 * mean["drift again"], kl
+
+
+def test_every_block_of_a_recipe_acts_on_one_live_stack(lines: list[dict[str, Any]]):
+    blocks = [*control_blocks(), *every_block()]
+    assert [line["step"] for line in lines] == list(range(1, len(blocks) + 1))
+    for given, line in zip(blocks, lines, strict=True):
+        placement, estimator = given["placement"], given.get("estimator")
+        assert line["kl/beta"] == given.get("beta", 0.0), given
+        assert ("actor/kl_loss" in line) == (placement in ("loss", "both")), given
+        assert ("kl/advantage_share" in line) == (placement in ("reward", "both")), given
+        assert math.isfinite(line["actor/grad_norm"]) and math.isfinite(line["kl/penalty"]), given
+        assert ("adaptive_kl/raw_kl" in line) == (estimator not in (None, *EXACT)), given
+        assert ("kl/cap_fraction" in line) == ("cap" in given), given
+        assert ("kl_ref/exact_token" in line) == (line["step"] % 5 == 0), given
+        if placement in ("reward", "both") and line["kl_ref/k3_token"] > 1e-6:
+            assert line["kl/advantage_share"] > 0, given
+
+
+def test_the_exact_kl_is_what_its_estimators_estimate_and_a_reset_makes_it_zero(lines: list[dict[str, Any]]):
+    probed = [line for line in lines if "kl_ref/exact_token" in line]
+    for line in probed:
+        assert line["kl_ref/k3_token"] == pytest.approx(line["kl_ref/exact_token"], rel=0.5, abs=0.02)
+    moved = len(control_blocks()) + 10
+    assert [line["step"] for line in lines if line.get("reference/moved_at")] == [moved]
+    assert lines[moved]["kl_ref/k3_token"] == pytest.approx(0.0, abs=1e-5)
+    assert lines[moved - 1]["kl_ref/k3_token"] > 1e-3
