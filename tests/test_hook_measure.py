@@ -46,6 +46,8 @@ def rows(**changes: Any) -> Any:
         "rollout_logprobs": torch.tensor([[-1.0, -2.0, 0.0], [-1.0, 0.0, 0.0], [-3.0, -1.0, 0.0], [-1.0, -1.0, -1.0]]),
         "entropy": zeros + 0.5,
         "token_rewards": torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]),
+        "advantages": zeros,
+        "keys": ["b_0_0", "b_1_0", "a_0_0", "a_1_0"],
         "prompts": [torch.tensor([1, 2])] * 4,
         "responses": [torch.arange(length) for length in (2, 1, 3, 3)],
         "groups": ["b", "b", "a", "a"],
@@ -338,35 +340,47 @@ def test_a_prompt_is_tokenized_once_and_nobody_can_change_what_is_remembered():
 # --------------------------------------------------------------------------------------------------------- trainer
 
 
-def test_kl_in_the_reward_takes_beta_times_the_charge_against_the_siblings(monkeypatch: pytest.MonkeyPatch):
-    # S = (1, 3) in group u, 2 alone in group v; minus the siblings' mean: (-2, 2), 2; beta 0.5: A - (-1, 1, 1)
+def charged(monkeypatch: pytest.MonkeyPatch, kl: KLSpec, **changes: Any) -> tuple[list[list[float]], dict[str, float]]:
+    """What is stored as advantages of rows (1, 2 of group b; 3, 4 of group a), and the metrics."""
     trainer = hook("trainer")
-    tu = importlib.import_module("verl.utils.tensordict_utils")
-    stored = {
-        "uid": ["u", "u", "v", "pad"],
-        names.RESPONSE_MASK: nested([1.0, 1.0], [1.0, 0.0, 1.0], [1.0], [0.0]),
-        names.OLD_LOGPROBS: nested([-1.0, -1.0], [-1.0, 9.0, -1.0], [-1.0], [-5.0]),
-        names.REF_LOGPROBS: nested([-1.5, -1.5], [-2.0, float("nan"), -3.0], [-3.0], [-9.0]),
-        names.ADVANTAGES: nested([1.0, 1.0], [0.0, 0.0, 0.0], [2.0], [0.0]),
-    }
     put: dict[str, Any] = {}
+    monkeypatch.setattr(trainer.tq, "kv_batch_put", lambda **given: put.update(given))
+    task = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    metrics = trainer.charge_kl(rows(advantages=task, **changes), "train", kl, 0.5)
+    assert (put["keys"], put["partition_id"]) == (["b_0_0", "b_1_0", "a_0_0", "a_1_0"], "train")
+    first, second = (
+        [row.tolist() for row in put["fields"][name].unbind()] for name in (names.ADVANTAGES, names.RETURNS)
+    )
+    assert first == second
+    return first, metrics
 
-    def write(keys: list[str], partition_id: str, fields: Any) -> str:
-        put.update(keys=keys, partition=partition_id, fields=fields)
-        return "batch"
 
-    monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda **_: tu.get_tensordict(stored))
-    monkeypatch.setattr(trainer.tq, "kv_batch_put", write)
-    keys = ["u_0_0", "u_1_0", "v_0_0", "pad_0_0"]
-    batch = trainer.KVBatchMeta(partition_id="train", keys=keys, tags=[{}, {}, {}, {"is_padding": True}])
-    metrics: dict[str, float] = {}
-    assert trainer.charge_kl(batch, REVERSE, 0.5, metrics) == "batch"
-    assert (put["keys"], put["partition"]) == (keys, "train")
-    for name in (names.ADVANTAGES, names.RETURNS):
-        written = [row.tolist() for row in put["fields"][name].unbind()]
-        assert written == [[2.0, 2.0], [-1.0, 0.0, -1.0], [1.0], [0.0]]
-    # task 1, 1, 0, 0, 2 has variance 0.56 over the tokens; KL's part 1, 1, -1, -1, -1 has 0.96
-    assert metrics["kl/advantage_share"] == pytest.approx(0.96 / (0.96 + 0.56))
+def test_kl_in_the_reward_takes_beta_times_the_charge_against_the_siblings(monkeypatch: pytest.MonkeyPatch):
+    # S = 1, 2 | 0, 1; minus the sibling's: -1, 1 | -1, 1; beta 0.5: A + 0.5, A - 0.5 | A + 0.5, A - 0.5
+    written, metrics = charged(monkeypatch, REVERSE)
+    assert written == [
+        [1.5, 1.5],
+        [-0.5],
+        [2.5, 2.5, 0.0],
+        [-0.5, -0.5, -0.5],
+    ]  # the third row's last token is a tool's
+    # task 1, 1, 0, 2, 2, 0, 0, 0: variance 0.6875; KL's part four times 0.5 and four times -0.5: 0.25
+    assert metrics["kl/advantage_share"] == pytest.approx(0.25 / (0.25 + 0.6875))
+
+
+def test_what_is_under_the_mask_is_not_charged(monkeypatch: pytest.MonkeyPatch):
+    dirty = torch.tensor([[-1.5, -2.5, 7.0], [-3.0, 7.0, 7.0], [-3.0, -1.0, float("nan")], [-1.0, -1.0, -2.0]])
+    assert charged(monkeypatch, REVERSE, ref_logprobs=dirty)[0] == charged(monkeypatch, REVERSE)[0]
+
+
+def test_inside_the_std_division_beta_is_rescaled_and_cancels_where_scores_are_equal(monkeypatch: pytest.MonkeyPatch):
+    # scores 1, 0 | 1, 1 minus 0.5 S: 0.5, -1 | 1, 0.5; two of a group are always +-1 / sqrt 2 after GRPO, whatever beta
+    kl = dataclasses.replace(REVERSE, normalize_with_reward=True)
+    written, _ = charged(monkeypatch, kl)
+    unit = 0.5**0.5
+    for row, sign in zip(written, (1, -1, 1, -1), strict=True):
+        assert [abs(value) for value in row if value] == pytest.approx([unit] * len([v for v in row if v]), rel=1e-5)
+        assert all(value * sign >= 0 for value in row)
 
 
 def config(extra: tuple[str, ...] = (), **values: Any) -> Any:

@@ -75,7 +75,6 @@ TOUCHES = [
         ("verl.utils.config:omega_conf_to_dataclass", "makes the loss's ActorConfig", "config"),
         ("verl.utils.tracking:Tracking.log", "writes the step's line to every tracker", "data", "step"),
         ("verl.workers.engine_workers:ActorRolloutRefWorker.set_loss_fn", "takes our loss", "loss_fn"),
-        ("verl.workers.utils.padding:response_to_nested", "stores penalized advantages", "tensor", "response_mask"),
         ("transfer_queue:kv_batch_get", "reads a batch", "keys", "partition_id", "select_fields"),
         ("transfer_queue:kv_batch_put", "writes advantages back", "keys", "partition_id", "fields"),
         ("transfer_queue:KVBatchMeta.reorder", "orders the rows", "indexes"),

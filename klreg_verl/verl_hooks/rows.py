@@ -20,6 +20,7 @@ _TENSORS = (
     names.ROLLOUT_LOGPROBS,
     names.ENTROPY,
     names.TOKEN_REWARDS,
+    names.ADVANTAGES,
     names.PROMPTS,
     names.RESPONSES,
 )
@@ -36,8 +37,12 @@ class Rows:
     rollout_logprobs: Tensor
     entropy: Tensor
     token_rewards: Tensor
+    advantages: Tensor
+    """The task's, before any KL."""
     prompts: list[Tensor]
     responses: list[Tensor]
+    keys: list[str]
+    """verl's, to write something back."""
     groups: list[str]
     samples: list[int]
     data_sources: list[str]
@@ -64,7 +69,7 @@ def fetch(batch: KVBatchMeta) -> Rows:
     """Read one batch back from the TransferQueue."""
     keys = [key for key, padding in zip(batch.keys, is_padding(batch), strict=True) if not padding]
     data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=[*_TENSORS, *_OBJECTS])
-    padded = {name: torch.nested.to_padded_tensor(data[name], 0.0) for name in _TENSORS[:6]}
+    padded = {name: torch.nested.to_padded_tensor(data[name], 0.0) for name in _TENSORS[:7]}
     extra_fields = _objects(data, names.EXTRA_FIELDS, len(keys))
     return Rows(
         response_mask=padded[names.RESPONSE_MASK].bool(),
@@ -73,8 +78,10 @@ def fetch(batch: KVBatchMeta) -> Rows:
         rollout_logprobs=padded[names.ROLLOUT_LOGPROBS],
         entropy=padded[names.ENTROPY],
         token_rewards=padded[names.TOKEN_REWARDS],
+        advantages=padded[names.ADVANTAGES],
         prompts=list(data[names.PROMPTS].unbind()),
         responses=list(data[names.RESPONSES].unbind()),
+        keys=keys,
         groups=[str(group) for group in _objects(data, names.GROUP, len(keys))],
         samples=[int(key.rsplit("_", 2)[1]) for key in keys],
         data_sources=[str(source) for source in _objects(data, names.DATA_SOURCE, len(keys))],

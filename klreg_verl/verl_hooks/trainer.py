@@ -28,7 +28,6 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.tracking import Tracking
-from verl.workers.utils.padding import response_to_nested
 
 from klreg_verl.core import penalties
 from klreg_verl.core.advantages import grpo
@@ -46,11 +45,11 @@ from klreg_verl.verl_hooks import (
     terms,
     worker,
 )
-from klreg_verl.verl_hooks.advantages import group_ids
 from klreg_verl.verl_hooks.beta import Beta
 from klreg_verl.verl_hooks.loss import actor_loss
 from klreg_verl.verl_hooks.plugin import KL_VARIABLE
 from klreg_verl.verl_hooks.recorder import Recorder
+from klreg_verl.verl_hooks.rows import Rows
 from klreg_verl.verl_hooks.watch import Watch
 
 POLL_SECONDS = 0.05
@@ -143,7 +142,9 @@ class KLRegTrainer(PPOTrainerSync):
         """Task advantages through verl; then the reward placement's KL, outside any division by a group's std."""
         batch = super()._compute_advantage(batch, metrics)
         self.sampled = rows.fetch(batch)
-        return charge_kl(batch, self.kl, self.beta.now, metrics) if self.kl.in_reward else batch
+        if self.kl.in_reward:
+            metrics.update(charge_kl(self.sampled, batch.partition_id, self.kl, self.beta.now))
+        return batch
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """verl's update; the checkpoint that may follow holds the beta of the next one."""
@@ -251,34 +252,28 @@ REWARD_CARRIERS = {"rloo", "rloo_vectorized", "grpo", "grpo_vectorized", "klreg_
 """Group-relative estimators whose advantage is one number per response."""
 
 
-def charge_kl(batch: KVBatchMeta, kl: KLSpec, beta: float, metrics: dict[str, Any]) -> KVBatchMeta:
-    """Subtract beta times each token's charge (against its siblings') from the stored advantages."""
-    fields = [names.GROUP, names.RESPONSE_MASK, names.OLD_LOGPROBS, names.REF_LOGPROBS, names.ADVANTAGES]
-    fields += [names.TOKEN_REWARDS] * kl.normalize_with_reward
-    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-    nested_mask = data[names.RESPONSE_MASK]
-    padded = {name: torch.nested.to_padded_tensor(data[name], 0.0) for name in fields[1:]}
-    mask, groups = padded[names.RESPONSE_MASK].bool(), group_ids(rows.as_list(data[names.GROUP]))
-    charged = _normalized if kl.normalize_with_reward else _beside
-    advantages = masked(charged(kl, beta, padded, mask, groups), mask)
-    metrics["kl/advantage_share"] = measure.variance_share(padded[names.ADVANTAGES], advantages, mask)
-    nested = response_to_nested(advantages, nested_mask)
-    stored = TensorDict({names.ADVANTAGES: nested, names.RETURNS: nested}, batch_size=len(batch))
-    return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=stored)
+def charge_kl(sampled: Rows, partition_id: str, kl: KLSpec, beta: float) -> dict[str, float]:
+    """Subtract beta times each token's charge (against its siblings') from the stored advantages; metrics of it."""
+    charged = masked((_normalized if kl.normalize_with_reward else _beside)(sampled, kl, beta), sampled.response_mask)
+    pairs = zip(charged, sampled.responses, strict=True)
+    nested = torch.nested.as_nested_tensor([row[: len(tokens)] for row, tokens in pairs], layout=torch.jagged)
+    stored = TensorDict({names.ADVANTAGES: nested, names.RETURNS: nested}, batch_size=len(sampled.keys))
+    tq.kv_batch_put(keys=sampled.keys, partition_id=partition_id, fields=stored)
+    return {"kl/advantage_share": measure.variance_share(sampled.advantages, charged, sampled.response_mask)}
 
 
-def _beside(kl: KLSpec, beta: float, padded: dict[str, Tensor], mask: Tensor, groups: Tensor) -> Tensor:
+def _beside(rows: Rows, kl: KLSpec, beta: float) -> Tensor:
     """(B, T): the task's advantages, minus beta times the penalty."""
-    penalty = terms.reward_penalty(kl, padded[names.OLD_LOGPROBS], padded[names.REF_LOGPROBS], mask, groups)
-    return penalties.penalized_advantages(padded[names.ADVANTAGES], penalty, beta=beta)
+    penalty = terms.reward_penalty(kl, rows.old_logprobs, rows.ref_logprobs, rows.response_mask, rows.group_ids)
+    return penalties.penalized_advantages(rows.advantages, penalty, beta=beta)
 
 
-def _normalized(kl: KLSpec, beta: float, padded: dict[str, Tensor], mask: Tensor, groups: Tensor) -> Tensor:
+def _normalized(rows: Rows, kl: KLSpec, beta: float) -> Tensor:
     """(B, T): GRPO on score minus beta times the response's charge. The std divides beta, too, and in a group of equal
     scores cancels it: biased, and there to be measured."""
-    charge = response_sum(terms.token_charge(kl, padded[names.OLD_LOGPROBS], padded[names.REF_LOGPROBS], mask), mask)
-    scores = padded[names.TOKEN_REWARDS].sum(dim=-1) - beta * charge
-    return grpo(scores, groups)[:, None].expand_as(mask)
+    charge = terms.token_charge(kl, rows.old_logprobs, rows.ref_logprobs, rows.response_mask)
+    scores = rows.scores - beta * response_sum(charge, rows.response_mask)
+    return grpo(scores, rows.group_ids)[:, None].expand_as(rows.response_mask)
 
 
 def active_line(config: DictConfig, kl: KLSpec) -> str:
