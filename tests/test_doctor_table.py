@@ -38,8 +38,8 @@ def test_every_setting_is_there_once_and_all_is_json(table):
     settings = ("estimator", "placement", "credit", "correction", "normalization", "aggregation")
     assert len({tuple(row[key] for key in settings) for row in table}) == len(table)
     # in the reward 3 credits and whole responses inside the std, in the loss 3 corrections, both together 4 * 3;
-    # 4 aggregations each; 4 exact divergences in the loss; no KL
-    assert len(table) == len(kl.names()) * (4 + 3 + 12) * 4 + len(EXACT) * 4 + 1
+    # 4 aggregations each; 4 exact divergences in the loss; reference_samples in its one way; no KL
+    assert len(table) == len(kl.names()) * (4 + 3 + 12) * 4 + len(EXACT) * 4 + 1 + 1
     assert {row["aggregation"] for row in table} == {None, *AGGREGATIONS}
 
 

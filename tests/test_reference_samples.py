@@ -445,3 +445,23 @@ def test_verls_whole_step_reports_the_rows_of_each_update(
         for result in results:
             assert result["step"]["reference_loss"][update] == pytest.approx(float(loss), rel=1e-4)
             assert result["step"]["reference_forward"][update] == pytest.approx(float(forward), rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- the doctor
+
+
+def test_the_doctor_finds_the_gradient_of_the_forward_kl_on_policy_and_off_policy():
+    from klreg_verl import doctor
+    from klreg_verl.doctor import verdict
+
+    judged = verdict.judge("loss", "reference_samples")
+    assert (judged.verdict, judged.follows, judged.level) == ("ok", "forward", "sequence")
+    assert (judged.follows_off_policy, judged.level_off_policy) == ("forward", "sequence")
+    assert judged.cosine_forward == pytest.approx(1.0)
+    assert (judged.value, judged.aggregation) == ("KL(ref||pi), unbiased", "seq-mean-token-sum")
+    for aggregation in ("token-mean", "seq-mean-token-mean"):  # the policy loss's, which is not this one's
+        doctor.check_claim(KL, aggregation)
+    with pytest.raises(ValueError, match="follows 'forward'"):
+        doctor.check_claim(replace(KL, follows="reverse"))
+    with pytest.raises(ValueError, match="is for the loss only"):
+        verdict.judge("reward", "reference_samples")

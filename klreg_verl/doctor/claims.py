@@ -123,6 +123,8 @@ def _about_cap(rule: Rule, judgement: Judgement) -> str:
 
 
 def _about_updates(rule: Rule, judgement: Judgement, updates_per_batch: int) -> str:
+    if rule.is_drawn:
+        return "The policy's own samples are not asked, so this holds in every update of a batch."
     if updates_per_batch == 1:
         return "With one update per batch every update is on-policy and this holds for all of them."
     if judgement.follows != "none" and judgement.follows_off_policy == judgement.follows:

@@ -17,7 +17,7 @@ from torch import Tensor
 from klreg_verl.doctor import gradients
 from klreg_verl.doctor.gradients import Sampler
 from klreg_verl.doctor.policies import Problem, lengthening, panel
-from klreg_verl.doctor.rules import Charge, Pull, Rule
+from klreg_verl.doctor.rules import REFERENCE_SAMPLES, Charge, Pull, Rule
 from klreg_verl.doctor.subjects import Subject
 
 
@@ -142,6 +142,8 @@ def _in_reward(subject: Subject, charge: Charge, listed: Problem, sampler: Sampl
 
 @cache
 def _in_loss(subject: Subject, pull: Pull, listed: Problem, sampler: Sampler) -> Draws:
+    if pull.estimator == REFERENCE_SAMPLES:
+        return _of_reference(listed)
     logits = listed.logits[listed.prefixes].requires_grad_()
     old = gradients.logprobs(listed, gradients.sampler_logits(listed, sampler))
     mask = listed.response_mask
@@ -151,6 +153,15 @@ def _in_loss(subject: Subject, pull: Pull, listed: Problem, sampler: Sampler) ->
         chance=gradients.chances(listed, sampler),
         response=torch.arange(len(mask)),
         pulls=pulls.double() * mask.unsqueeze(-1),
+    )
+
+
+def _of_reference(listed: Problem) -> Draws:
+    """-sum_t log pi(y_t) of the reference's responses, whatever the policy samples."""
+    return Draws(
+        chance=gradients.chances(listed, "reference"),
+        response=torch.arange(len(listed.tokens)),
+        pulls=-gradients.token_scores(listed),
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from klreg_verl.doctor import enumeration, gradients
 from klreg_verl.doctor.gradients import DIVERGENCES, Level, Sampler
 from klreg_verl.doctor.policies import Problem, panel
-from klreg_verl.doctor.rules import Pull, Rule
+from klreg_verl.doctor.rules import REFERENCE_SAMPLES, Pull, Rule
 from klreg_verl.doctor.subjects import EXACT, Subject
 
 Verdict = Literal["ok", "biased", "void"]
@@ -93,10 +93,11 @@ def largest_error(found: Tensor, name: str, level: Level) -> float:
 def value_means(subject: Subject, estimator: str, cap: float | None) -> tuple[float, ...]:
     """E[sum_t value_t] on each problem, on-policy."""
     means = []
+    sampler: Sampler = "reference" if estimator == REFERENCE_SAMPLES else "policy"
     for listed in panel():
         at_tokens = (listed.logits[listed.prefixes], listed.ref_logits[listed.prefixes])
         values = subject.value(estimator, *at_tokens, listed.tokens, cap).double()
-        weights = gradients.chances(listed).unsqueeze(-1) * listed.response_mask
+        weights = gradients.chances(listed, sampler).unsqueeze(-1) * listed.response_mask
         means.append(float(torch.where(listed.response_mask, weights * values, 0.0).sum()))
     return tuple(means)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klreg_verl.doctor.rules import AGGREGATIONS
+from klreg_verl.doctor.rules import AGGREGATIONS, REFERENCE_SAMPLES
 from klreg_verl.doctor.subjects import EXACT
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ def figure(rows: list[Row], title: str) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(row["estimator"] for row in rows if row["estimator"] not in (None, *EXACT)))
+    names = list(
+        dict.fromkeys(row["estimator"] for row in rows if row["estimator"] not in (None, *EXACT, REFERENCE_SAMPLES))
+    )
     exact = [row for row in rows if row["estimator"] in EXACT and row["aggregation"] == AGGREGATIONS[0]]
     columns = [column for column in COLUMNS if any(map(column.holds, rows))]
     lefts = _lefts(columns)

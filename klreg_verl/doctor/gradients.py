@@ -17,8 +17,8 @@ from klreg_verl.core.aggregation import response_sum
 from klreg_verl.doctor.policies import Problem
 
 Level = Literal["sequence", "token", "coarse"]
-Sampler = Literal["policy", "older"]
-"""Who drew the responses: the policy itself (on-policy), or mu, the policy of one update ago."""
+Sampler = Literal["policy", "older", "reference"]
+"""Who drew the responses: the policy itself (on-policy), mu, the policy of one update ago, or the reference."""
 
 
 def _kl(one: Tensor, other: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def divergence_gradient(listed: Problem, name: str, level: Level, sampler: Sampl
 
 def sampler_logits(listed: Problem, sampler: Sampler) -> Tensor:
     """(P, V), of the policy that the responses are drawn from."""
-    return listed.logits if sampler == "policy" else listed.older_logits
+    return {"policy": listed.logits, "older": listed.older_logits, "reference": listed.ref_logits}[sampler]
 
 
 def logprobs(listed: Problem, logits: Tensor) -> Tensor:

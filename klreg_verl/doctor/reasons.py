@@ -50,7 +50,8 @@ def reason(subject: Subject, rule: Rule, judged: Verdict) -> str:
     """Why the verdict is what it is, in one to three sentences."""
     found = facts.facts(subject, rule)
     if judged == "ok" and found.followed is not None:
-        return _followed(found.followed)
+        drawn = f" {_DRAWN}" if rule.is_drawn else ""
+        return f"{_followed(found.followed)}{drawn}"
     if _corrects_the_reward(rule):
         return (
             "PPO's ratio pi / pi_old already multiplies what is charged to the reward: a correction has nothing to "
@@ -96,6 +97,8 @@ def sequence_note(subject: Subject, rule: Rule) -> str:
     found = facts.facts(subject, rule)
     if found.followed is None:
         return ""
+    if rule.is_drawn:
+        return "This is the full gradient, on the prefixes that the reference reaches."
     if found.followed.level == "sequence":
         return "Tokens are also charged for the prefixes they lead to, so this is the full gradient."
     cosines = facts.cosines(found.found, found.followed.name, "sequence")
@@ -211,6 +214,10 @@ def _why(subject: Subject, rule: Rule) -> str:
     return _WHY.get((rule.placement, subject.row(rule.estimator)), "Its expected gradient is no divergence's.")
 
 
+_DRAWN = (
+    "Its loss is -sum log pi over responses that the reference wrote before the first update: KL(pi_ref || pi) plus "
+    "the reference's entropy, which no update changes. The draw is used again and again, so it must be large."
+)
 _VERLS_CLAMP = (
     "The clamp of verl's k3 stops the gradient of every token with pi_ref / pi above 13.6, which are the tokens that "
     "the policy has lost."

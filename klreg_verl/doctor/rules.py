@@ -9,6 +9,8 @@ from klreg_verl.core.shaping import Shaping
 
 PLACEMENTS = ("none", "reward", "loss", "both")
 NORMALIZATIONS = ("none", "std")
+REFERENCE_SAMPLES = "reference_samples"
+"""-sum_t log pi(y_t) of responses that the reference wrote: for the loss only, aggregated in one way only."""
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 _SAME_DIRECTION = {"token-sum": "seq-mean-token-sum"}
 """verl's token-sum is that many times larger as there are responses."""
@@ -70,6 +72,19 @@ class Rule:
         for what, given, names in known:
             if given not in names:
                 raise ValueError(f"There is no KL {what} {given!r}. Known: {', '.join(names)}.")
+        if self.is_drawn:
+            self._check_drawn()
+
+    def _check_drawn(self) -> None:
+        if (self.placement, self.correction, self.shaping, self.cap) != ("loss", "none", None, None):
+            raise ValueError(f"{REFERENCE_SAMPLES} is for the loss only, without correction, shaping and cap.")
+        object.__setattr__(self, "aggregation", "seq-mean-token-sum")
+        object.__setattr__(self, "policy_aggregation", None)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the loss is on responses that the reference wrote."""
+        return self.estimator == REFERENCE_SAMPLES
 
     @property
     def is_usual(self) -> bool:

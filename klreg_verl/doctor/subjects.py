@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from klreg_verl.core import advantages, exact, kl, penalties
-from klreg_verl.doctor.rules import Charge, Pull
+from klreg_verl.doctor.rules import REFERENCE_SAMPLES, Charge, Pull
 
 EXACT = ("full_reverse", "full_forward", "topk_reverse", "topk_forward")
 """Divergences over the vocabulary, klreg_verl.core.exact: for the loss only."""
@@ -84,12 +84,12 @@ class Ours:
 
     @property
     def in_loss_only(self) -> tuple[str, ...]:
-        """The exact ones, which need the logits."""
-        return EXACT
+        """The exact ones, which need the logits, and the one on the reference's own responses."""
+        return (*EXACT, REFERENCE_SAMPLES)
 
     def check(self, estimator: str) -> None:
         """Built-in, exact, or pkg.module:name."""
-        if estimator not in EXACT:
+        if estimator not in self.in_loss_only:
             kl.estimator(estimator)
 
     def row(self, estimator: str) -> str:
@@ -98,7 +98,7 @@ class Ours:
 
     def options(self, placement: str, estimator: str) -> list[dict[str, Any]]:
         """Every credit in the reward (and whole responses inside the normalization), every correction in the loss."""
-        if estimator in EXACT:
+        if estimator in self.in_loss_only:
             return [{}] if placement == "loss" else []
         corrected: list[dict[str, Any]] = [
             {"correction": correction}
@@ -115,6 +115,8 @@ class Ours:
         """kl.value, or the exact divergence."""
         if estimator in EXACT:
             return _exact(estimator, logits, ref_logits)
+        if estimator == REFERENCE_SAMPLES:
+            return of_tokens(ref_logits, tokens) - of_tokens(logits, tokens)
         return kl.value(estimator, of_tokens(logits, tokens), of_tokens(ref_logits, tokens), cap=cap)
 
     def loss(

@@ -119,13 +119,14 @@ def table(
 
 def rules(subject: Subject, estimators: tuple[str, ...]) -> list[Rule]:
     """Every setting of some estimators, the usual one of each placement first."""
-    return [
+    every = (
         Rule(placement=placement, estimator=name, aggregation=aggregation, **options)
         for placement in PLACEMENTS[1:]
         for name in estimators
         for options in subject.options(placement, name)
         for aggregation in AGGREGATIONS
-    ]
+    )
+    return list(dict.fromkeys(every))  # one aggregation only belongs to reference_samples
 
 
 def row(judgement: Judgement) -> dict[str, Any]:

@@ -283,7 +283,7 @@ def active_line(config: DictConfig, kl: KLSpec) -> str:
     code = {
         "none": "none (measured only)",
         "reward": "core.penalties.reward_penalty",
-        "loss": "core.exact" if kl.is_exact else "core.penalties.kl_loss_per_token",
+        "loss": _loss_code(kl),
         "both": "core.penalties.reward_penalty and kl_loss_per_token",
     }
     return (
@@ -292,6 +292,12 @@ def active_line(config: DictConfig, kl: KLSpec) -> str:
         f"| policy loss {config.actor_rollout_ref.actor.policy_loss.loss_mode} and its aggregation "
         f"{config.actor_rollout_ref.actor.loss_agg_mode} by verl"
     )
+
+
+def _loss_code(kl: KLSpec) -> str:
+    if kl.is_drawn:
+        return "verl_hooks.reference_loss"
+    return "core.exact" if kl.is_exact else "core.penalties.kl_loss_per_token"
 
 
 def _details(kl: KLSpec) -> str:

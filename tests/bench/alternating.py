@@ -74,6 +74,10 @@ def _install(module: ModuleType) -> None:
             cls = KLRegTrainer if self.is_ours else PPOTrainerSync
             return cls._compute_advantage(self, batch, metrics)
 
+        def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
+            cls = KLRegTrainer if self.is_ours else PPOTrainerSync
+            return cls._update_actor(self, batch, metrics)
+
         def _compute_metrics(self, *args: Any, **kwargs: Any) -> None:
             cls = KLRegTrainer if self.is_ours else PPOTrainerSync
             cls._compute_metrics(self, *args, **kwargs)

@@ -60,6 +60,25 @@ def test_step_time_of_ours_against_stock_verl(tmp_path: Path):
     print(f"  ours / verl, as they are             {spread(ratios(turns, 'verl'))}  (target 0.85)")
 
 
+@pytest.mark.parametrize("arm", ["reverse", "forward"])
+def test_the_kl_hooks_share_of_a_step(tmp_path: Path, arm: str):
+    results = tmp_path / "calls.jsonl"
+    process = start(
+        tmp_path,
+        *("train.steps=13", "eval.before=false", "eval.every=0", "--arm", arm),
+        KLREG_BENCH=str(results),
+        VERL_USE_EXTERNAL_MODULES="hook_share",
+        PYTHONPATH=os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])),
+    )
+    assert process.wait(timeout=900) == 0
+    lines = (tmp_path / "quickstart" / arm / "palindrome" / "seed1" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["time/step_s"] for line in lines]
+    calls = [json.loads(line)["seconds"] for line in results.read_text().splitlines()]
+    per_step = len(calls) // len(steps)
+    shares = [sum(calls[i * per_step : (i + 1) * per_step]) / seconds for i, seconds in enumerate(steps)][1:]
+    print(f"\n{arm}: the KL hook's share of a step  {spread(shares)}  (target 0.01)")
+
+
 def ratios(turns: list[dict], other: str) -> list[float]:
     """Each of our steps over the other's step beside it."""
     pairs = zip(turns, turns[1:], strict=False)
