@@ -73,6 +73,8 @@ def test_every_estimator_can_be_said_in_the_loss(estimator: str):
         (LOSS | {"estimator": "full_reverse", "top_k": 8}, "top_k", "8 has no effect with estimator full_reverse"),
         (LOSS | {"estimator": "topk_reverse", "top_k": 0}, "top_k", "at least 1"),
         (LOSS | {"cap": 0.0}, "cap", "not positive"),
+        (REWARD | {"normalize_with_reward": True, "credit": "token"}, "credit", "becomes a part of its score"),
+        (REWARD | {"normalize_with_reward": True, "baseline": "none"}, "baseline", "with GRPO's own mean"),
     ],
 )
 def test_a_setting_without_effect_or_sense_is_refused(values: dict[str, Any], field: str, words: str):

@@ -199,6 +199,9 @@ class KLSpec:
             self._refuse({"aggregation", "correction"}, "placement reward: the charge is a part of the advantage.")
         if self.placement == "loss":
             self._refuse({"credit", "baseline", "normalize_with_reward"}, "placement loss: nothing is charged.")
+        if self.normalize_with_reward:
+            why = "normalize_with_reward: the response's charge becomes a part of its score, with GRPO's own mean."
+            self._refuse({"credit", "baseline"}, why)
         if self.cap is not None and not self.cap > 0:
             raise FieldError("cap", f"{self.cap} is not positive. Give a number of nats above 0, or null.")
         self._check_controller()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import sys
+import time
 from types import ModuleType
 from typing import Any
 
@@ -219,12 +220,19 @@ def _keep_linear_weights(module: ModuleType) -> None:
 
 
 def _never_spin(module: ModuleType) -> None:
-    """vLLM's worker spins for a second after each message, on a core that the rest of the step needs. (vLLM.)"""
+    """vLLM's worker spins for a second after each message, on a core that the rest of the step needs: it naps. (vLLM.)
+
+    Going straight to its idle wait would be no good: a notification can be lost there, and it looks again after 5 s.
+    """
     condition = module.SpinCondition
     original = condition.wait
 
     def wait(self, timeout_ms=None):
-        self.busy_loop_s = 0.0
+        if time.monotonic() <= self.last_read + self.busy_loop_s:
+            return time.sleep(NAP_SECONDS)
         return original(self, timeout_ms)
 
     condition.wait = wait
+
+
+NAP_SECONDS = 0.0005
