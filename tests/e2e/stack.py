@@ -37,7 +37,7 @@ class Lab:
             command, cwd=cwd, env=self.environment | variables, stdout=output, stderr=subprocess.STDOUT, text=True
         )
 
-    def klreg(self, *arguments: str | Path, cwd: Path = ROOT, timeout: float = 420) -> str:
+    def klreg(self, *arguments: str | Path, cwd: Path = ROOT, timeout: float = 1200) -> str:
         """Run to the end; the output, which must come with exit code 0."""
         return finish(self.start(*arguments, cwd=cwd), timeout)
 
@@ -45,7 +45,7 @@ class Lab:
         return self.runs / recipe / arm / task / f"seed{seed}"
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 420) -> str:
+def finish(process: subprocess.Popen[str], timeout: float = 1200) -> str:
     """Wait for a command; fail with its output unless it succeeded."""
     try:
         output, _ = process.communicate(timeout=timeout)

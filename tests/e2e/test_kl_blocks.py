@@ -15,7 +15,7 @@ from stack import ROOT, Lab, finish, metrics
 from klreg_verl.core import penalties
 from klreg_verl.experiment.kl_settings import EXACT, SAMPLED
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(2400)
 
 QUICK = ROOT / "recipes" / "quickstart.yaml"
 LEAN = ["eval.before=false", "eval.every=0", "save.every=1000", "samples.every=0", "train.warmup_steps=0"]
@@ -81,7 +81,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[dict[st
     }
     settings = [*LEAN, f"train.steps={len(blocks)}"]
     settings += ["probes.exact_every=5", f"reference.reset_every={len(control_blocks()) + 10}"]
-    finish(lab.start("run", QUICK, "--arm", "forward", *settings, **variables), timeout=1500)
+    finish(lab.start("run", QUICK, "--arm", "forward", *settings, **variables), timeout=2100)
     return metrics(lab.folder("quickstart", "forward"))
 
 

@@ -20,7 +20,7 @@ from stack import ROOT, Lab, finish, metrics, remains, stack_processes
 from klreg_verl.experiment import plan, recipe
 from launch import guardian, inputs
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 QUICK = ROOT / "recipes" / "quickstart.yaml"
 ADVANTAGES = ROOT / "recipes" / "rloo_vs_grpo.yaml"
@@ -82,7 +82,7 @@ def test_a_run_whose_driver_and_then_whose_vllm_is_killed_resumes_and_repeats_wh
         process = lab.start(*command)
         wait_for_step(folder, 3, process, attempt + 1)
         kill_9(victim, before)
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 1
         assert re.search(reason, output), output
         assert not remains(before)
@@ -113,7 +113,7 @@ def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(
     script = lab.klreg("plan", QUICK, *SMALL, *LEAN, "train.steps=1", "--as-verl", "forward")
     plain = plain_verl(script, tmp_path / "plain", lab)
 
-    finish(own, timeout=600)
+    finish(own, timeout=1200)
     lines = metrics(lab.folder("vowels", "forward", "vowels", 3))
     assert [line["step"] for line in lines] == [1, 2]
     assert 0 < lines[0]["train/score"] < 1
@@ -122,7 +122,7 @@ def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(
     actor = lab.folder("vowels", "forward", "vowels", 3) / "checkpoints" / "global_step_2" / "actor"
     assert len(list(actor.glob("model*_rank_1.pt"))) == 1  # the model really was sharded over two workers
 
-    assert plain.wait(timeout=600) == 0
+    assert plain.wait(timeout=1200) == 0
     output = (tmp_path / "plain" / "log").read_text()
     assert "[klreg] KL placement=loss estimator=k3 follows=forward beta=0.2" in output
     assert "kl_ref/k1_response:" in output
@@ -192,7 +192,7 @@ def last_step(folder: Path) -> int:
     return lines[-1]["step"] if lines else 0
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 300) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 600) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.poll() is None:
         if condition():
