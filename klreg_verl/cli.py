@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.replay.command import kl_command, replay_command
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Which divergence's gradient each KL setting follows, by exact enumeration. Needs torch only."""
-    with told():
+    with told(), own_modules():
         if spec is not None:
             if of_verl or estimator or figure:
                 raise ValueError("--spec explains one arm: it goes with --json only.")
@@ -167,8 +168,8 @@ def doctor(
             _judge_all(of_verl, estimator, figure, as_json)
 
 
-app.command("kl")(told()(kl_command))
-app.command("replay")(told()(replay_command))
+app.command("kl")(told()(own_modules()(kl_command)))
+app.command("replay")(told()(own_modules()(replay_command)))
 
 
 @data_app.command(
@@ -358,12 +359,8 @@ def _explain(arm: str, as_json: bool) -> None:
 
 
 def _judge_all(of_verl: bool, estimator: str | None, figure: Path | None, as_json: bool) -> None:
-    import sys
-
     from klreg_verl.doctor import printing, stock, subjects, table
 
-    if estimator is not None and ":" in estimator:
-        sys.path.insert(0, str(Path.cwd()))
     subject = stock.installed() if of_verl else subjects.OURS
     overview = not (as_json or figure or estimator)
     rows = table(subject, (estimator,) if estimator else None, only_usual=overview)

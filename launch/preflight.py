@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data_prep.cache import options_from
 from data_prep.check import check_model, check_task
+from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.verl_hooks.names import TESTED
 from launch.inputs import palindrome_options, run_folder
@@ -171,15 +172,13 @@ def _check_task(spec: RunSpec) -> str:
 def check_reward(spec: RunSpec) -> None:
     """The user's reward function can be imported from the recipe's folder. Raises ValueError."""
     module, _, function = (spec.task.reward or "").partition(":")
-    sys.path.insert(0, spec.root)
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        with own_modules(spec.root):
+            found = getattr(importlib.import_module(module), function, None)
     except Exception as error:  # a user's module can fail in any way
         raise ValueError(
             f"tasks.{spec.task_name}.reward: cannot import {module!r} ({type(error).__name__}: {error}). It is looked "
             f"for in the recipe's folder ({spec.root}) and among installed packages."
         ) from error
-    finally:
-        sys.path.remove(spec.root)
     if not callable(found):
         raise ValueError(f"tasks.{spec.task_name}.reward: {module!r} has no function {function!r}.")

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from klreg_verl.core.aggregation import (
+    AGGREGATIONS,
     group_sum,
     leave_one_out_mean,
     leave_one_out_mean_per_position,
     masked_mean,
     masked_sum,
     response_sum,
+    token_weights,
 )
 
 VALUES = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
@@ -93,6 +95,19 @@ def test_nan_stays_in_its_group():
 def test_equal_values_have_exactly_that_leave_one_out_mean():
     values = torch.full((5,), 0.7)
     assert torch.equal(leave_one_out_mean(values, torch.zeros(5, dtype=torch.int64)), values)
+
+
+def test_token_weights_are_what_each_aggregation_divides_by():
+    mask = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])  # the third row is padding
+    given = {"tokens": 3, "responses": 2, "scale": 4.0}
+    rows = {name: token_weights(name, mask, **given).tolist() for name in AGGREGATIONS}
+    nothing = [0.0, 0.0, 0.0]
+    assert rows["token-mean"] == [[1 / 3, 1 / 3, 0.0], [1 / 3, 0.0, 0.0], nothing]
+    assert rows["seq-mean-token-sum"] == [[1 / 2, 1 / 2, 0.0], [1 / 2, 0.0, 0.0], nothing]
+    assert rows["seq-mean-token-mean"] == [[1 / 4, 1 / 4, 0.0], [1 / 2, 0.0, 0.0], nothing]
+    assert rows["seq-mean-token-sum-norm"] == [[1 / 8, 1 / 8, 0.0], [1 / 8, 0.0, 0.0], nothing]
+    # without a scale verl divides by the width
+    assert token_weights("seq-mean-token-sum-norm", mask, tokens=3, responses=2)[1, 0] == 1 / 6
 
 
 def test_a_mask_that_is_not_bool_is_refused():

@@ -9,10 +9,10 @@ from verl_stack import import_verl, need_stack
 
 from klreg_verl import doctor
 from klreg_verl.cli import app
-from klreg_verl.core import kl, penalties
+from klreg_verl.core import exact, kl, penalties
+from klreg_verl.core.aggregation import AGGREGATIONS
 from klreg_verl.doctor import figure, printing, stock
-from klreg_verl.doctor.rules import AGGREGATIONS
-from klreg_verl.doctor.subjects import EXACT, OURS
+from klreg_verl.doctor.subjects import OURS
 
 KEYS = {
     *("estimator", "placement", "credit", "correction", "normalization", "aggregation", "value", "follows"),
@@ -39,7 +39,7 @@ def test_every_setting_is_there_once_and_all_is_json(table):
     assert len({tuple(row[key] for key in settings) for row in table}) == len(table)
     # in the reward 3 credits and whole responses inside the std, in the loss 3 corrections, both together 4 * 3;
     # 4 aggregations each; 4 exact divergences in the loss; reference_samples in its one way; no KL
-    assert len(table) == len(kl.names()) * (4 + 3 + 12) * 4 + len(EXACT) * 4 + 1 + 1
+    assert len(table) == len(kl.names()) * (4 + 3 + 12) * 4 + len(exact.NAMES) * 4 + 1 + 1
     assert {row["aggregation"] for row in table} == {None, *AGGREGATIONS}
 
 
@@ -84,7 +84,7 @@ def test_the_text_has_a_line_for_each_usual_setting(table):
     assert lines == printing.overview(doctor.table(only_usual=True))
     body = lines[1 : lines.index("")]
     # no KL, 3 credits, 3 corrections and both placements for each estimator, 4 exact ones
-    assert len(body) == 1 + len(kl.names()) * (3 + 3 + 1) + len(EXACT)
+    assert len(body) == 1 + len(kl.names()) * (3 + 3 + 1) + len(exact.NAMES)
     k1 = next(line for line in body if line.split()[:3] == ["loss", "k1", "-"])
     assert k1.split()[3:8] == ["void", "none", "none", "-", "-"]
 
@@ -103,7 +103,7 @@ def test_the_picture_has_a_tile_for_each_setting(table, tmp_path):
     (axes,) = picture.axes
     tiles = [patch for patch in axes.patches if isinstance(patch, matplotlib.patches.FancyBboxPatch)]
     # 8 columns of settings, 4 exact ones, 5 entries of the legend
-    assert len(tiles) == len(kl.names()) * 8 + len(EXACT) + 5
+    assert len(tiles) == len(kl.names()) * 8 + len(exact.NAMES) + 5
     texts = [text.get_text() for text in axes.texts]
     assert texts.count("reverse") == 8 and texts.count("void") == 3 and "k3_verl" in texts
     figure.draw(table, tmp_path / "new" / "doctor.png", "klreg_verl")

@@ -179,3 +179,17 @@ def test_what_cannot_work_is_refused():
         exact.topk(torch.zeros(5), torch.zeros(5), 2, "backward")
     with pytest.raises(ValueError, match="The 0 most likely tokens say nothing"):
         exact.topk(torch.zeros(5), torch.zeros(5), 0, "reverse")
+
+
+def test_every_name_stands_for_its_divergence():
+    logits, ref_logits = torch.tensor([[0.0, 1.0, 2.0, 0.5]]), torch.tensor([[1.0, 0.0, 0.3, 0.2]])
+    expected = {
+        "full_reverse": exact.full_reverse(logits, ref_logits),
+        "full_forward": exact.full_forward(logits, ref_logits),
+        "topk_reverse": exact.topk(logits, ref_logits, 2, "reverse"),
+        "topk_forward": exact.topk(logits, ref_logits, 2, "forward"),
+    }
+    assert {name: exact.divergence(name, k=2)(logits, ref_logits) for name in exact.NAMES} == expected
+    assert exact.divergence("topk_reverse")(logits, ref_logits) == expected["full_reverse"]  # 64 of 4 tokens are all
+    with pytest.raises(ValueError, match="There is no exact KL 'topk'. Known: full_reverse"):
+        exact.divergence("topk")

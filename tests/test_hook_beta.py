@@ -6,11 +6,9 @@ import importlib
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from verl_stack import import_verl, need_stack
 
 from klreg_verl.experiment.kl_settings import ControllerSpec, KLSpec
@@ -35,32 +33,26 @@ def hook(name: str) -> Any:
     return importlib.import_module(f"klreg_verl.verl_hooks.{name}")
 
 
-def rows(shift: float) -> Any:
-    """Two responses of two and one tokens, d = shift at each."""
-    mask = torch.tensor([[True, True], [True, False]])
-    old = torch.full((2, 2), -1.0)
-    scores = torch.tensor([1.0, 0.0])
-    return SimpleNamespace(
-        response_mask=mask,
-        old_logprobs=old,
-        ref_logprobs=old - shift,
-        scores=scores,
-        samples=[0, 1],
-        reward_extras=[{"acc": 1.0}, {"acc": 0.0}],
-    )
+def measured(kl: float) -> dict[str, float]:
+    """Of a batch whose responses have a KL of `kl` nats."""
+    return {"kl_ref/k1_token": kl / 10, "kl_ref/k1_response": kl, "train/score": 0.5}
 
 
-def test_a_controller_sees_the_batch_before_the_update():
-    seen = hook("beta").observation(rows(0.2), step=3)
-    # 0.2 at each of three tokens: 0.2 per token, (0.4 + 0.2) / 2 per response
-    assert (seen.kl_token, seen.kl_response) == (pytest.approx(0.2), pytest.approx(0.3))
-    assert (seen.score, seen.responses, seen.step) == (0.5, 2, 3)
+@pytest.mark.parametrize(
+    ("signal", "beta"), [("token", 0.1 * (1 - 0.2 * 4 / 100)), ("response", 0.1 * (1 + 0.2 * 4 / 100))]
+)
+def test_a_controller_sees_the_signal_that_it_asks_for(signal: str, beta: float):
+    # Ziegler: beta * (1 + clip(kl / target - 1, -0.2, 0.2) * responses / horizon); 0.03 is below 0.1, 0.3 above
+    rule = ControllerSpec(kind="verl_adaptive", target=0.1, horizon=100, signal=signal)
+    moved = hook("beta").Beta(KLSpec(placement="loss", estimator="k3", follows="forward", beta=0.1, controller=rule))
+    moved.updated(measured(0.3), responses=4, step=3)
+    assert moved.state.beta == pytest.approx(beta, rel=1e-12)
 
 
 def test_the_new_beta_is_in_force_from_the_next_step_on():
     beta = hook("beta").Beta(MATCHED)
     assert not beta.begin_step()
-    beta.updated(rows(5.0), 1)  # far above the target: beta must rise
+    beta.updated(measured(5.0), 8, 1)  # far above the target: beta must rise
     assert beta.now == 0.1
     assert beta.begin_step()
     assert beta.now > 0.1
@@ -68,9 +60,9 @@ def test_the_new_beta_is_in_force_from_the_next_step_on():
 
 def test_a_resumed_run_goes_on_with_the_same_beta_to_the_last_bit(tmp_path: Path):
     whole, cut = hook("beta").Beta(MATCHED), hook("beta").Beta(MATCHED)
-    for step, shift in enumerate((0.31, 0.07, 1 / 3, 0.2), start=1):
-        whole.updated(rows(shift), step)
-        cut.updated(rows(shift), step)
+    for step, kl in enumerate((0.31, 0.07, 1 / 3, 0.2), start=1):
+        whole.updated(measured(kl), 8, step)
+        cut.updated(measured(kl), 8, step)
         cut.save(tmp_path)
         cut = hook("beta").Beta(MATCHED)
         cut.load(tmp_path)

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
-from klreg_verl.core import controllers, kl, penalties, shaping
+from klreg_verl.core import aggregation, controllers, exact, kl, penalties, shaping
+from klreg_verl.doctor import rules
 from klreg_verl.experiment.kl_settings import (
     EXACT,
+    REFERENCE_SAMPLES,
     SAMPLED,
     AlarmsSpec,
     ControllerSpec,
     KLSpec,
+    ProbesSpec,
     ReferenceSpec,
     ShapingSpec,
 )
@@ -40,6 +43,9 @@ def choices(cls: Any, name: str) -> set[str]:
 
 def test_every_name_that_a_recipe_may_say_exists_in_core():
     assert SAMPLED == kl.names()
+    assert EXACT == exact.NAMES
+    assert REFERENCE_SAMPLES == rules.REFERENCE_SAMPLES
+    assert choices(KLSpec, "aggregation") == set(aggregation.AGGREGATIONS)
     assert choices(KLSpec, "credit") == set(penalties.CREDITS)
     assert choices(KLSpec, "baseline") == set(penalties.BASELINES)
     assert choices(KLSpec, "correction") == set(penalties.CORRECTIONS)
@@ -120,6 +126,13 @@ def test_a_reference_follows_one_rule_that_makes_sense(values: dict[str, Any], f
     assert refusal(ReferenceSpec, **values)[0] == field
 
 
+def test_probes_are_due_at_multiples_of_their_distance_and_never_at_0():
+    probes = ProbesSpec(temperature_one_every=3)
+    assert [step for step in range(1, 8) if probes.is_due("temperature_one_every", step)] == [3, 6]
+    assert not any(probes.is_due("exact_every", step) for step in range(1, 8))
+    assert refusal(ProbesSpec, temperature_one_every=-1)[0] == "temperature_one_every"
+
+
 def test_a_reference_moves_by_reset_or_average_only():
     assert not ReferenceSpec(path="elsewhere").moves
     assert ReferenceSpec(ema=0.99).moves and ReferenceSpec(reset_every=10).moves
@@ -128,7 +141,7 @@ def test_a_reference_moves_by_reset_or_average_only():
 @pytest.mark.parametrize(
     ("values", "field"),
     [
-        ({"kl_above": 0.0}, "kl_above"),
+        ({"retention_drop": 1.5}, "retention_drop"),
         ({"kl_above": 0.1, "kl_below": 0.2}, "kl_below"),
         ({"entropy_floor": -1.0}, "entropy_floor"),
         ({"warm_up": -1}, "warm_up"),

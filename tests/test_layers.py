@@ -40,7 +40,7 @@ class Layer:
 OURS = ("klreg_verl", "data_prep", "launch")
 HOOKS_WITHOUT_VERL = ("overrides", "checkpoints", "cpu", "names")
 """What a launcher needs of the hooks: settings, folder layout, CPU settings, versions. They must not import verl."""
-HOOKS_OF_REPLAY = ("checkpoints", "terms")
+HOOKS_OF_REPLAY = ("checkpoints", "reference", "terms")
 """What is measured afterwards is computed by the calls that trained."""
 LAYERS = (
     Layer(folder="klreg_verl/core", anywhere=("torch", "numpy")),

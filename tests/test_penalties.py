@@ -657,3 +657,13 @@ def test_importance_of_a_value_without_derivative_is_refused():
     with pytest.raises(ValueError, match="passes no gradient.*or choose importance_detached"):
         penalties.kl_loss_per_token(name, logprobs, ref_logprobs, mask, correction="importance", **given)
     penalties.kl_loss_per_token(name, logprobs, ref_logprobs, mask, correction="importance_detached", **given)
+
+
+def test_inside_the_normalization_the_std_divides_the_charge_too():
+    scores, charges = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 0.0, 2.0])
+    groups = torch.tensor([0, 0, 1, 1])
+    found = penalties.normalized_advantages(scores, charges, groups, beta=0.1)
+    # first group: 0.9 and -0.1, as far apart as 1 and 0. Second: equal scores, whose charges 0 and 0.2 are blown up to
+    # one standard deviation (0.1 * sqrt(2)) whatever beta is
+    one = 1 / 2**0.5
+    torch.testing.assert_close(found, torch.tensor([one, -one, one, -one]), rtol=1e-4, atol=0)

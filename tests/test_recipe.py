@@ -320,6 +320,10 @@ def test_a_mistake_is_refused_with_its_place(load: Load, old: str, new: str, mes
         ),
         ("train: {responses_per_prompt: 1}", "1: rloo compares a response with its siblings. At least 2."),
         ("train: {top_p: 0.9}", "0.9: the KL estimators assume samples of the untruncated policy. Only 1.0 works."),
+        (
+            "probes: {temperature_one_every: 5}",
+            "probes.temperature_one_every: 5 has no effect with train.temperature=1",
+        ),
         ("train: {temperature: 0}", "train.temperature: 0.0 is not positive. Give a number above 0."),
         ("train: {steps: 0}", "train.steps: 0 is too small: at least 1."),
         ("train: {learning_rate: -1e-6}", "train.learning_rate: -1e-06 is too small: at least 0."),

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +18,7 @@ import torch
 from reference_samples_process import BETA, FIRST, KL, ROWS, SAMPLES, SEED
 from test_worker import TEMPERATURE, save_model
 from torch import Tensor
-from verl_stack import environment, import_verl, need_stack
+from verl_stack import import_verl, need_stack, run_workers
 
 from klreg_verl.core.aggregation import response_sum
 from klreg_verl.doctor import gradients
@@ -370,24 +367,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """What each worker reported."""
     folder, workers = tmp_path_factory.mktemp(f"workers_{request.param}"), request.param
     save_model(folder / "policy", hidden=16, seed=0)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    variables = {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
-    command = [sys.executable, str(HERE / "reference_samples_process.py"), str(folder)]
-    logs = [open(folder / f"log_{rank}", "w") for rank in range(workers)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(workers)], env=environment(**variables), stdout=log, stderr=log)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=280) for process in processes]
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
-            log.close()
-    assert codes == [0] * workers, (folder / "log_0").read_text()[-3000:]
-    found = [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(workers)]
+    found = run_workers(HERE / "reference_samples_process.py", folder, workers)
     return [{**each, "model": folder / "policy"} for each in found]
 
 

@@ -85,6 +85,15 @@ TOUCHES = [
         ("transfer_queue:kv_batch_get", "reads the batch to measure", "keys", "partition_id", "select_fields"),
     ),
     *touches(
+        "temperature_one.py",
+        (f"{SYNC}:PPOTrainerSync._compute_ref_log_prob", "is where both models are asked once more", *STEP),
+        ("verl.workers.engine_workers:ActorRolloutRefWorker.compute_log_prob", "leaves log-probs in the queue", "data"),
+        ("verl.workers.engine_workers:ActorRolloutRefWorker.compute_ref_log_prob", "the same of the reference", "data"),
+        ("verl.workers.utils.padding:response_from_nested", "cuts responses from them", "tensor", "response_mask"),
+        ("transfer_queue:KVBatchMeta", "carries the temperature", "extra_info"),
+        ("transfer_queue:kv_batch_get", "reads them", "keys", "partition_id", "select_fields"),
+    ),
+    *touches(
         "loss.py",
         ("verl.workers.utils.losses:ppo_loss", "is the policy loss", "config", *MICRO_BATCH),
         (

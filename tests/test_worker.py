@@ -10,9 +10,6 @@ import hashlib
 import importlib
 import inspect
 import pickle
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +22,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from reference_process import EMA, ESTIMATORS, PROMPTS, TEMPERATURE, TOP_K, sequences
 from torch import Tensor
-from verl_stack import environment, import_verl, need_stack
+from verl_stack import import_verl, need_stack, run_workers
 
 from klreg_verl.core import exact as core
 from klreg_verl.experiment.kl_settings import KLSpec, ReferenceSpec
@@ -65,34 +62,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_workers(models: Path, folder: Path, workers: int) -> list[dict[str, Any]]:
-    """What each worker reported."""
-    for model in ("policy", "other"):
-        (folder / model).symlink_to(models / model)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    variables = {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(Path(reference_process.__file__)), str(folder)]
-    logs = [open(folder / f"log_{rank}", "w") for rank in range(workers)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(workers)], env=environment(**variables), stdout=log, stderr=log)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=280) for process in processes]
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
-            log.close()
-    assert codes == [0] * workers, (folder / "log_0").read_text()[-3000:]
-    return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(workers)]
-
-
 @pytest.fixture(scope="module")
 def runs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, list[dict[str, Any]]]]:
     folders = {workers: tmp_path_factory.mktemp(f"workers_{workers}") for workers in (1, 2)}
-    return {workers: (folder, run_workers(models, folder, workers)) for workers, folder in folders.items()}
+    for folder in folders.values():
+        for model in ("policy", "other"):
+            (folder / model).symlink_to(models / model)
+    script = Path(reference_process.__file__)
+    return {workers: (folder, run_workers(script, folder, workers)) for workers, folder in folders.items()}
 
 
 @pytest.fixture(params=[1, 2], ids=["1 worker", "2 workers"])

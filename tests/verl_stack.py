@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -90,6 +91,30 @@ def run_python(code: str, **variables: str) -> str:
     done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def run_workers(script: Path, folder: Path, workers: int) -> list[dict[Any, Any]]:
+    """What `script FOLDER RANK WORKERS`, one process per worker, left in result_<rank>.pt."""
+    import torch
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    variables = {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    logs = [open(folder / f"log_{rank}", "w") for rank in range(workers)]
+    commands = [[sys.executable, str(script), str(folder), str(rank), str(workers)] for rank in range(workers)]
+    processes = [
+        subprocess.Popen(command, env=environment(**variables), stdout=log, stderr=log)
+        for command, log in zip(commands, logs, strict=True)
+    ]
+    try:
+        codes = [process.wait(timeout=280) for process in processes]
+    finally:
+        for process, log in zip(processes, logs, strict=True):
+            process.kill()
+            log.close()
+    assert codes == [0] * workers, (folder / "log_0").read_text()[-3000:]
+    return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(workers)]
 
 
 def compose(values: Mapping[str, Any] = {}, extra: Sequence[str] = ()) -> Any:  # noqa: B006

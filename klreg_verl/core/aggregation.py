@@ -46,6 +46,34 @@ def group_sum(values: Tensor, group_ids: Tensor) -> Tensor:
     return totals[group]
 
 
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+"""verl's names."""
+
+
+def token_weights(
+    aggregation: str, mask: Tensor, *, tokens: float, responses: float = 1.0, scale: float | None = None
+) -> Tensor:
+    """The factor on each token's loss, (B, T) float64: verl's agg_loss in formulas.
+
+    token-mean divides by `tokens`; the others by `responses`, and then by nothing, the response's own length, or
+    `scale` (norm; None: the width T, as verl does without loss_scale_factor).
+
+    Args:
+        aggregation: one of AGGREGATIONS.
+        mask: (B, T) bool.
+        tokens: unmasked tokens of the whole batch that the loss is a mean over; or per response, with `responses` 1.
+        responses: of the same batch, those with an unmasked token.
+    """
+    length = mask.sum(dim=-1, keepdim=True).clamp(min=1).double()
+    divisor = {
+        "token-mean": torch.full_like(length, tokens),
+        "seq-mean-token-sum": torch.full_like(length, responses),
+        "seq-mean-token-mean": responses * length,
+        "seq-mean-token-sum-norm": torch.full_like(length, responses * (scale or mask.shape[-1])),
+    }[aggregation]
+    return mask / divisor
+
+
 def leave_one_out_mean(values: Tensor, group_ids: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean of `values` over the other rows of the same group, (B,) -> (B,); 0 where there are none.
 

@@ -16,12 +16,29 @@ Sources: Cover and Thomas, Elements of Information Theory, section 2.3 (KL) and 
 (merging tokens cannot raise a KL, so `topk` is a lower bound).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Direction = Literal["reverse", "forward"]
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+NAMES = ("full_reverse", "full_forward", "topk_reverse", "topk_forward")
+TOP_K = 64
+"""Tokens that topk keeps apart where nothing is said."""
+
+
+def divergence(name: str, *, k: int | None = None) -> Divergence:
+    """The function of one of NAMES, logits and reference logits -> nats; `k` is for topk. ValueError for another."""
+    if name not in NAMES:
+        raise ValueError(f"There is no exact KL {name!r}. Known: {', '.join(NAMES)}.")
+    kind, _, direction = name.partition("_")
+    if kind == "full":
+        return _FULL[direction]
+    return partial(topk, k=TOP_K if k is None else k, direction=direction)  # type: ignore[arg-type]
 
 
 def full_reverse(logits: Tensor, ref_logits: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ _ROWS = (
     ("kl_ref/top1pct_share", "fraction", "share of the summed k3 in the 1 % of tokens where it is largest"),
     ("kl_ref/valid", "nats/response", "kl_ref/k1_response of the right responses; absent when there are none"),
     ("kl_ref/invalid", "nats/response", "kl_ref/k1_response of the wrong responses; absent when there are none"),
+    ("kl_ref_t1/<name>", "as kl_ref", "kl_ref/<name> at temperature 1, in a run at another (when asked for)"),
     ("kl_old/k1_token", "nats/token", "KL of the old to the new policy by k1, mean over the update's mini-batches"),
     ("kl_rollout/k1_token", "nats/token", "KL of the sampler to the trainer by k1: mean of rollout minus old log-prob"),
     ("kl_rollout/max", "nats", "largest absolute difference of rollout and old log-prob of any token"),

@@ -40,7 +40,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from klreg_verl.core import kl
+from klreg_verl.core import advantages, kl
 from klreg_verl.core.aggregation import leave_one_out_mean, leave_one_out_mean_per_position, masked, response_sum
 from klreg_verl.core.shaping import NoShaping, Shaping
 
@@ -161,6 +161,16 @@ def penalized_advantages(task_advantages: Tensor, penalty: Tensor, *, beta: floa
             "its tokens with advantages[:, None] * response_mask."
         )
     return task_advantages - beta * penalty
+
+
+@torch.no_grad()
+def normalized_advantages(scores: Tensor, charges: Tensor, group_ids: Tensor, *, beta: float) -> Tensor:
+    """GRPO on scores that were charged first, (B,) each: the group's std divides the KL term, too.
+
+    It rescales beta by that std, and in a group of equal task scores cancels it: biased, and here to be measured.
+    `charges` are whole responses' [nats] (`response_charge`); beta in reward units per nat.
+    """
+    return advantages.grpo(scores - beta * charges, group_ids)
 
 
 def kl_loss_per_token(

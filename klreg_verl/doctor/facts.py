@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from klreg_verl.core import exact
 from klreg_verl.doctor import enumeration, gradients
 from klreg_verl.doctor.gradients import DIVERGENCES, Level, Sampler
 from klreg_verl.doctor.policies import Problem, panel
 from klreg_verl.doctor.rules import REFERENCE_SAMPLES, Pull, Rule
-from klreg_verl.doctor.subjects import EXACT, Subject
+from klreg_verl.doctor.subjects import Subject
 
 Verdict = Literal["ok", "biased", "void"]
 Candidate = tuple[str, Level]
@@ -60,7 +61,7 @@ class Facts:
 @enumeration.one_thread()
 def facts(subject: Subject, rule: Rule) -> Facts:
     """The findings on one rule, cached."""
-    candidates = WHOLE_AND_TOKENS + (COARSE if rule.estimator in EXACT else ())
+    candidates = WHOLE_AND_TOKENS + (COARSE if rule.estimator in exact.NAMES else ())
     on, off = (_panel_gradient(subject, rule, sampler) for sampler in ("policy", "older"))
     smallest = subject.tolerance * truth("reverse", "sequence").norm(dim=1)
     return Facts(

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klreg_verl.doctor.rules import AGGREGATIONS, REFERENCE_SAMPLES
-from klreg_verl.doctor.subjects import EXACT
+from klreg_verl.core import exact
+from klreg_verl.core.aggregation import AGGREGATIONS
+from klreg_verl.doctor.rules import REFERENCE_SAMPLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,9 +86,11 @@ def figure(rows: list[Row], title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     names = list(
-        dict.fromkeys(row["estimator"] for row in rows if row["estimator"] not in (None, *EXACT, REFERENCE_SAMPLES))
+        dict.fromkeys(
+            row["estimator"] for row in rows if row["estimator"] not in (None, *exact.NAMES, REFERENCE_SAMPLES)
+        )
     )
-    exact = [row for row in rows if row["estimator"] in EXACT and row["aggregation"] == AGGREGATIONS[0]]
+    exact_rows = [row for row in rows if row["estimator"] in exact.NAMES and row["aggregation"] == AGGREGATIONS[0]]
     columns = [column for column in COLUMNS if any(map(column.holds, rows))]
     lefts = _lefts(columns)
     wide = max(lefts[-1] + WIDTH, 6.0) + 0.35
@@ -103,8 +106,8 @@ def figure(rows: list[Row], title: str) -> "Figure":
             for row in filter(lambda row: row["estimator"] == name and column.holds(row), rows):
                 _write_tile(axes, left, top, row, list(_lines(row)))
     bottom = TOP + len(names) * (HEIGHT + GAP)
-    if exact:
-        _write_exact(axes, lefts[0], bottom + 0.35, exact)
+    if exact_rows:
+        _write_exact(axes, lefts[0], bottom + 0.35, exact_rows)
         bottom += HEIGHT + 0.75
     tall = _write_legend(axes, lefts[0], bottom + 0.35, wide - 0.3) + 0.2
     axes.set(xlim=(0, wide), ylim=(tall, 0))
@@ -161,7 +164,7 @@ def _write_tile(axes: "Axes", left: float, top: float, row: Row, lines: list[tup
         height = top + HEIGHT / 2 + (number - (len(lines) - 1) / 2) * 0.2
         weight = "bold" if number == 0 else "normal"
         axes.text(middle, height, text, ha="center", va="center", size=size, color=ink, weight=weight)
-    if row["follows_off_policy"] != "none" and bright and row["estimator"] not in EXACT:
+    if row["follows_off_policy"] != "none" and bright and row["estimator"] not in exact.NAMES:
         axes.plot(left + WIDTH - 0.12, top + 0.12, marker="o", markersize=5, color=PAPER, markeredgewidth=0)
 
 

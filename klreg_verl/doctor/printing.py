@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from klreg_verl.doctor.rules import AGGREGATIONS
+from klreg_verl.core.aggregation import AGGREGATIONS
 
 Row = dict[str, Any]
 HEAD = (

@@ -8,11 +8,12 @@ from functools import cache
 from itertools import combinations
 from typing import Any
 
+from klreg_verl.core import exact
 from klreg_verl.doctor import enumeration, facts, gradients
 from klreg_verl.doctor.facts import Facts, Match, Verdict
 from klreg_verl.doctor.policies import panel
 from klreg_verl.doctor.rules import Rule
-from klreg_verl.doctor.subjects import BETA, EXACT, Subject
+from klreg_verl.doctor.subjects import BETA, Subject
 
 NAMED = {
     "reverse": "the reverse KL, KL(pi || pi_ref)",
@@ -117,7 +118,7 @@ def value(subject: Subject, rule: Rule) -> str:
 @cache
 def _value(subject: Subject, estimator: str, cap: float | None) -> str:
     means = facts.value_means(subject, estimator, cap)
-    quality = "exact" if estimator in EXACT else "unbiased"
+    quality = "exact" if estimator in exact.NAMES else "unbiased"
     for level, scope in (("sequence", ""), ("token", " of each token")):
         for name in gradients.DIVERGENCES:
             truth = [float(gradients.divergence(listed, name, level)) for listed in panel()]  # type: ignore[arg-type]

@@ -5,13 +5,13 @@ from typing import Any, Protocol
 
 from klreg_verl.core import penalties
 from klreg_verl.core import shaping as shapings
+from klreg_verl.core.aggregation import AGGREGATIONS
 from klreg_verl.core.shaping import Shaping
 
 PLACEMENTS = ("none", "reward", "loss", "both")
 NORMALIZATIONS = ("none", "std")
 REFERENCE_SAMPLES = "reference_samples"
 """-sum_t log pi(y_t) of responses that the reference wrote: for the loss only, aggregated in one way only."""
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 _SAME_DIRECTION = {"token-sum": "seq-mean-token-sum"}
 """verl's token-sum is that many times larger as there are responses."""
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from klreg_verl.core import advantages, exact, kl, penalties
+from klreg_verl.core.aggregation import token_weights
 from klreg_verl.doctor.rules import REFERENCE_SAMPLES, Charge, Pull
 
-EXACT = ("full_reverse", "full_forward", "topk_reverse", "topk_forward")
-"""Divergences over the vocabulary, klreg_verl.core.exact: for the loss only."""
+TOP_K = 1
+"""Tokens that topk keeps apart here: more are nearer to the full divergence, and all but one are exact."""
 BETA = 0.01
 """Where scores are normalized the gradient is not linear in beta, and is judged at this one."""
 
@@ -85,7 +86,7 @@ class Ours:
     @property
     def in_loss_only(self) -> tuple[str, ...]:
         """The exact ones, which need the logits, and the one on the reference's own responses."""
-        return (*EXACT, REFERENCE_SAMPLES)
+        return (*exact.NAMES, REFERENCE_SAMPLES)
 
     def check(self, estimator: str) -> None:
         """Built-in, exact, or pkg.module:name."""
@@ -113,8 +114,8 @@ class Ours:
 
     def value(self, estimator: str, logits: Tensor, ref_logits: Tensor, tokens: Tensor, cap: float | None) -> Tensor:
         """kl.value, or the exact divergence."""
-        if estimator in EXACT:
-            return _exact(estimator, logits, ref_logits)
+        if estimator in exact.NAMES:
+            return exact.divergence(estimator, k=TOP_K)(logits, ref_logits)
         if estimator == REFERENCE_SAMPLES:
             return of_tokens(ref_logits, tokens) - of_tokens(logits, tokens)
         return kl.value(estimator, of_tokens(logits, tokens), of_tokens(ref_logits, tokens), cap=cap)
@@ -123,8 +124,8 @@ class Ours:
         self, pull: Pull, logits: Tensor, ref_logits: Tensor, tokens: Tensor, mask: Tensor, old_logprobs: Tensor
     ) -> Tensor:
         """penalties.kl_loss_per_token, or the exact divergence."""
-        if pull.estimator in EXACT:
-            return _exact(pull.estimator, logits, ref_logits)
+        if pull.estimator in exact.NAMES:
+            return exact.divergence(pull.estimator, k=TOP_K)(logits, ref_logits)
         return penalties.kl_loss_per_token(
             pull.estimator,
             of_tokens(logits, tokens),
@@ -144,20 +145,14 @@ class Ours:
         options: dict[str, Any] = {"shaping": charge.shaping, "cap": charge.cap}
         if charge.normalization == "none":
             return penalties.reward_penalty(*given, groups, credit=charge.credit, baseline=charge.baseline, **options)
-        charged = scores - BETA * penalties.response_charge(*given, **options)
-        taken_off = advantages.compute("grpo", scores, groups) - advantages.compute("grpo", charged, groups)
+        charges = penalties.response_charge(*given, **options)
+        charged = penalties.normalized_advantages(scores, charges, groups, beta=BETA)
+        taken_off = advantages.grpo(scores, groups) - charged
         return (taken_off / BETA).unsqueeze(-1) * mask
 
     def token_weights(self, aggregation: str, mask: Tensor, mean_tokens: float) -> Tensor:
-        """verl's agg_loss in formulas, since training aggregates with it and the doctor must do without verl."""
-        length = mask.sum(dim=-1, keepdim=True)
-        divisor = {
-            "token-mean": torch.full_like(length, mean_tokens, dtype=torch.float64),
-            "seq-mean-token-sum": torch.ones_like(length),
-            "seq-mean-token-mean": length,
-            "seq-mean-token-sum-norm": torch.full_like(length, mask.shape[-1]),
-        }[aggregation]
-        return mask / divisor.double()
+        """core.aggregation.token_weights, since verl's agg_loss aggregates in training and the doctor is without it."""
+        return token_weights(aggregation, mask, tokens=mean_tokens)
 
 
 OURS = Ours()
@@ -171,12 +166,3 @@ def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
 def _is_differentiable(estimator: str) -> bool:
     """Whether the ratio times its value can be differentiated: a user's own value may not pass a gradient."""
     return kl.estimator(estimator).value(torch.zeros(1, 1, requires_grad=True)).requires_grad
-
-
-def _exact(name: str, logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """With one token kept apart in topk: more of them is nearer to the full divergence, and all but one is exact."""
-    if name == "full_reverse":
-        return exact.full_reverse(logits, ref_logits)
-    if name == "full_forward":
-        return exact.full_forward(logits, ref_logits)
-    return exact.topk(logits, ref_logits, 1, "forward" if name == "topk_forward" else "reverse")

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from klreg_verl.core.aggregation import AGGREGATIONS
 from klreg_verl.doctor import enumeration, facts, reasons
 from klreg_verl.doctor.facts import Facts, Verdict
 from klreg_verl.doctor.gradients import Level
-from klreg_verl.doctor.rules import AGGREGATIONS, PLACEMENTS, Rule
+from klreg_verl.doctor.rules import PLACEMENTS, Rule
 from klreg_verl.doctor.subjects import OURS, Subject
 
 TABLE_KEYS = (

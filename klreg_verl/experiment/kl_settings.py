@@ -35,6 +35,10 @@ def _fields_of(cls: Any) -> list[str]:
     return [entry.name for entry in fields(cls)]
 
 
+def _default_of(cls: Any, name: str) -> Any:
+    return cls.__dataclass_fields__[name].default
+
+
 def _named_in(message: str, names: Iterable[str], otherwise: str) -> str:
     """The one of the names that the message speaks of first."""
     places = {name: found.start() for name in names if (found := re.search(rf"\b{name}\b", message))}
@@ -182,7 +186,7 @@ class KLSpec:
     def _refuse(self, names: Iterable[str], why: str) -> None:
         """FieldError for the first of the fields that was set: it would have no effect."""
         for name in _fields_of(KLSpec):
-            if name in names and (value := getattr(self, name)) != _DEFAULTS[name]:
+            if name in names and (value := getattr(self, name)) != _default_of(KLSpec, name):
                 shown = getattr(value, "kind", None) or strict.show(
                     asdict(value) if isinstance(value, DrawSpec) else value
                 )
@@ -309,14 +313,22 @@ def check_drawn(kl: KLSpec, reference: ReferenceSpec, *, starting_model: str | N
 
 @dataclass(frozen=True, kw_only=True)
 class ProbesSpec:
-    """Measurements that cost a pass of the reference over the logits, and change nothing."""
+    """Measurements that cost further passes through the models, and change nothing."""
 
     exact_every: int = 0
     """Steps between measurements of kl_ref/exact_token, the reverse KL over the whole vocabulary; 0: never."""
+    temperature_one_every: int = 0
+    """Steps between measurements of kl_ref_t1/*, the KL at temperature 1 of a run that has another; 0: never."""
 
     def __post_init__(self) -> None:
-        if self.exact_every < 0:
-            raise FieldError("exact_every", f"{self.exact_every} is too small: at least 1 step, or 0 for never.")
+        for name in _fields_of(ProbesSpec):
+            if (value := getattr(self, name)) < 0:
+                raise FieldError(name, f"{value} is too small: at least 1 step, or 0 for never.")
+
+    def is_due(self, name: str, step: int) -> bool:
+        """Whether the measurement that a field says the distance of is made at this step."""
+        every = getattr(self, name)
+        return bool(every) and step % every == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,14 +355,16 @@ class AlarmsSpec:
     """Whether an alarm ends the run (as failed, with the reason)."""
 
     def __post_init__(self) -> None:
-        for name in ("kl_above", "kl_below", "k1_negative_z", "entropy_floor", "retention_drop"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise FieldError(name, f"{value} is not positive. Give a number above 0, or null.")
-        for name, least in (("warm_up", 0), ("window", 3), ("horizon", 1)):
-            if (value := getattr(self, name)) < least:
-                raise FieldError(name, f"{value} is too small: at least {least}.")
-        if self.kl_above is not None and self.kl_below is not None and self.kl_below >= self.kl_above:
-            raise FieldError("kl_below", f"{self.kl_below} is not below kl_above={self.kl_above}.")
+        if all(value == _default_of(AlarmsSpec, name) for name, value in self.thresholds.items()):
+            return
+        from klreg_verl.core import alarms
 
+        try:
+            alarms.Alarms(**self.thresholds)
+        except ValueError as error:
+            raise FieldError(_named_in(str(error), self.thresholds, "kl_above"), str(error)) from None
 
-_DEFAULTS: dict[str, Any] = {entry.name: entry.default for entry in fields(KLSpec)}
+    @property
+    def thresholds(self) -> dict[str, Any]:
+        """The fields of core.alarms.Alarms."""
+        return {name: value for name, value in asdict(self).items() if name != "stop"}

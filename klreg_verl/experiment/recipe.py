@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 
 from klreg_verl.experiment import strict
 from klreg_verl.experiment.kl_settings import AlarmsSpec, KLSpec, ProbesSpec, ReferenceSpec
+from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.settings import (
     DOTTED,
     SECTIONS,
@@ -171,12 +171,11 @@ def check_kl(kl: KLSpec, place: str, policy_aggregation: str) -> None:
 def check_claims(recipe: Recipe) -> None:
     """`check_kl` for every cell; ConfigError with each different refusal once."""
     problems: list[str] = []
-    if str(recipe.root) not in sys.path:
-        sys.path.append(str(recipe.root))  # where a user's own estimator is looked for, as in the run
     settings = {(cell.settings.kl, cell.kl_place, cell.settings.train.policy_aggregation) for cell in recipe.cells}
     for setting in sorted(settings, key=lambda each: each[1]):
         try:
-            check_kl(*setting)
+            with own_modules(recipe.root):
+                check_kl(*setting)
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:

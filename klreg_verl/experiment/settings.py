@@ -287,6 +287,9 @@ class Settings:
                 "kl.normalize_with_reward",
                 f"true has no effect with train.advantage={self.train.advantage}: only grpo divides by a std.",
             )
+        if self.probes.temperature_one_every and self.train.temperature == 1:
+            why = "has no effect with train.temperature=1: kl_ref_t1/* would be kl_ref/* once more."
+            raise FieldError("probes.temperature_one_every", f"{self.probes.temperature_one_every} {why}")
         lora = any("lora" in key for key in self.verl)
         if self.reference.moves and lora:
             raise FieldError("reference", "cannot move with LoRA: there the reference is the base under the adapter.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +40,6 @@ def kl_command(
     from klreg_verl.replay import prompts as prompt_files
 
     names = (*kl.names(), *(estimator or ()))
-    _find_own(names)
     for name in names:
         kl.estimator(name)
     options: dict[str, Any] = {"device": device or models.best_device(), "trust_remote_code": trust_remote_code}
@@ -80,7 +79,6 @@ def replay_command(
     from klreg_verl.replay import run as runs
 
     own = [settings.parse(text) for text in setting or ()]
-    _find_own(str(one.kl.estimator) for one in own if one.kl is not None)
     moment, note = runs.find(run, step), _note()
     wanted = settings.chosen([*settings.table(both=both), *moment.own_setting()], own, only or ())
     place = device or models.best_device()
@@ -103,12 +101,6 @@ def replay_command(
     typer.echo("\n".join([*_head(facts), "", *printing.comparison_lines(found)]))
     if figure is not None:
         typer.echo(f"figure: {figure}")
-
-
-def _find_own(estimators: Iterable[str]) -> None:
-    """A user's own module may lie in the current folder, which an installed command does not search."""
-    if any(":" in name for name in estimators):
-        sys.path.insert(0, str(Path.cwd()))
 
 
 def _facts(moment: Moment, scored: Any) -> dict[str, Any]:

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from klreg_verl.core import advantages, exact, penalties
-from klreg_verl.core.aggregation import masked, response_sum
+from klreg_verl.core.aggregation import masked, token_weights
+from klreg_verl.core.exact import Divergence
 from klreg_verl.experiment.kl_settings import KLSpec
 from klreg_verl.replay.batch import Batch, of_tokens, pieces, response_logits
 from klreg_verl.replay.settings import Setting
@@ -31,11 +31,7 @@ from klreg_verl.verl_hooks import terms
 
 SKETCH_WIDTH = 1 << 18
 """Numbers kept of a gradient that is sketched: cosines then have an error of 0.002."""
-TOP_K = 64
-"""Of topk_reverse and topk_forward where the block says nothing, as in training."""
 HALVES = 2
-
-Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,16 +57,11 @@ class Samples:
         return replace(self, **moved)
 
     def weights(self, aggregation: str) -> Tensor:
-        """The factor on each token's loss, (B, T), as verl's agg_loss has it for a whole batch."""
+        """The factor on each token's loss, (B, T) float32, as verl's agg_loss has it for a whole batch."""
         mask = self.batch.response_mask
-        length, responses = mask.sum(dim=-1, keepdim=True).clamp(min=1), mask.any(dim=-1).sum()
-        divisor = {
-            "token-mean": mask.sum().expand_as(length),
-            "seq-mean-token-sum": responses.expand_as(length),
-            "seq-mean-token-mean": responses * length,
-            "seq-mean-token-sum-norm": (responses * (self.scale_factor or mask.shape[1])).expand_as(length),
-        }[aggregation]
-        return mask / divisor.float()
+        tokens, responses = int(mask.sum()), int(mask.any(dim=-1).sum())
+        given = {"tokens": tokens, "responses": responses, "scale": self.scale_factor}
+        return token_weights(aggregation, mask, **given).float()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -178,9 +169,9 @@ def _charged(block: KLSpec, scored: Scored) -> tuple[float, Part]:
         charged = penalties.penalized_advantages(torch.zeros_like(penalty), penalty, beta=1.0)
         return block.beta_or_zero, _policy_gradient(charged, samples)
     # inside GRPO's division by the std beta is no factor: what it changes is taken at this very beta
-    scores = samples.scores - block.beta_or_zero * response_sum(terms.token_charge(*given), mask)
-    changed = advantages.grpo(scores, samples.group_ids) - advantages.grpo(samples.scores, samples.group_ids)
-    return 1.0, _policy_gradient(changed[:, None] * mask, samples)
+    scores, groups = samples.scores, samples.group_ids
+    charged = penalties.normalized_advantages(scores, terms.response_charge(*given), groups, beta=block.beta_or_zero)
+    return 1.0, _policy_gradient((charged - advantages.grpo(scores, groups))[:, None] * mask, samples)
 
 
 def _pulled(block: KLSpec, scored: Scored) -> Part:
@@ -193,13 +184,9 @@ def _pulled(block: KLSpec, scored: Scored) -> Part:
 
 
 def _exact_part(block: KLSpec, scored: Scored) -> Part:
-    kind, _, direction = str(block.estimator).partition("_")
-    name, divergence = str(block.estimator), {"reverse": exact.full_reverse, "forward": exact.full_forward}[direction]
-    if kind == "topk":
-        k = block.top_k or TOP_K
-        name, divergence = f"{name}({k})", partial(exact.topk, k=k, direction=direction)  # type: ignore[arg-type]
     weights = scored.samples.weights(block.aggregation or scored.samples.aggregation)
-    return Part(weights=weights, divergence=divergence, name=name)
+    name = f"{block.estimator}({block.top_k or exact.TOP_K})"
+    return Part(weights=weights, divergence=terms.divergence_of(block), name=name)
 
 
 # ---------------------------------------------------------------------------------------------------- products

@@ -20,10 +20,9 @@ from klreg_verl.replay.gradients import Samples
 from klreg_verl.replay.models import Model
 from klreg_verl.replay.settings import RUN, Setting
 from klreg_verl.verl_hooks import checkpoints
+from klreg_verl.verl_hooks.reference import RECORD
 
 _COLUMNS = ("group", "prompt_ids", "token_ids", "mask", "score")
-_RECORD = "reference.json"
-"""What verl_hooks/reference.py wrote of a checkpoint's reference; beside it its weights if it ever moved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +164,9 @@ def _moved(reference: Model, moment: Moment) -> Model:
     """The reference as it was after `step` updates: one with reset or average is saved with each checkpoint."""
     if moment.step == 0 or not moment.spec.reference.moves:
         return reference
-    record = moment.checkpoint / _RECORD
+    record = moment.checkpoint / RECORD
     if not record.is_file():
-        raise ValueError(f"{moment.checkpoint} holds no {_RECORD}, and the reference moves in this run: it is unknown.")
+        raise ValueError(f"{moment.checkpoint} holds no {RECORD}, and the reference moves in this run: it is unknown.")
     known = json.loads(record.read_text())
     if not known["moved_at"]:
         return reference

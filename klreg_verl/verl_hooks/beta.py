@@ -7,14 +7,13 @@ comes back to the last bit.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from klreg_verl.core.controllers import BetaState, Observation
-from klreg_verl.core.metrics import kl_metrics
 from klreg_verl.experiment.recipe import KLSpec
 from klreg_verl.experiment.store import atomic_write
-from klreg_verl.verl_hooks import measure, terms
-from klreg_verl.verl_hooks.rows import Rows
+from klreg_verl.verl_hooks import terms
 
 FILE = "klreg.json"
 """In verl's folder of a checkpoint."""
@@ -39,9 +38,16 @@ class Beta:
         self.now = self.state.beta
         return changed
 
-    def updated(self, rows: Rows, step: int) -> None:
-        """Tell the controller of the batch that update `step` was made on."""
-        self.state = self.rule.after(self.state, observation(rows, step))
+    def updated(self, measured: Mapping[str, float], responses: int, step: int) -> None:
+        """Tell the controller what was measured on the batch (of so many responses) that update `step` was made on."""
+        observed = Observation(
+            kl_token=measured["kl_ref/k1_token"],
+            kl_response=measured["kl_ref/k1_response"],
+            score=measured["train/score"],
+            responses=responses,
+            step=step,
+        )
+        self.state = self.rule.after(self.state, observed)
 
     def save(self, checkpoint: Path) -> None:
         """Write the state that the next update starts with into verl's folder of a checkpoint."""
@@ -65,15 +71,3 @@ class Beta:
             raise ValueError(f"{path} is of controller {saved['kind']}, this run has {self.rule.kind}. Start anew.")
         self.state = BetaState.from_json(saved["beta"])
         self.now = self.state.beta
-
-
-def observation(rows: Rows, step: int) -> Observation:
-    """What a controller sees of one batch; padding rows are not in it."""
-    logged = kl_metrics(rows.old_logprobs, rows.ref_logprobs, rows.response_mask, measure.is_valid(rows))
-    return Observation(
-        kl_token=logged["kl_ref/k1_token"],
-        kl_response=logged["kl_ref/k1_response"],
-        score=rows.scores.double().mean().item(),
-        responses=len(rows.samples),
-        step=step,
-    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,18 +19,16 @@ from torch import Tensor
 from verl.utils.tensordict_utils import assign_non_tensor
 
 from klreg_verl.core import exact
+from klreg_verl.core.exact import Divergence
 from klreg_verl.experiment.recipe import KLSpec
-from klreg_verl.verl_hooks import names
+from klreg_verl.verl_hooks import names, terms
 
 if TYPE_CHECKING:
     from verl.workers.engine.fsdp import FSDPEngine
 
-TOP_K = 64
-"""Tokens kept apart by the top-k estimators where `kl.top_k` is null."""
 CHUNK_ELEMENTS = 1 << 26
 """Logits worked on at a time: float32 temporaries of 256 MiB each, 441 tokens of a vocabulary of 152,000."""
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
 Loss = Callable[..., tuple[Tensor, dict[str, Any]]]
 
 
@@ -79,15 +76,7 @@ def with_logits(loss: Loss, kl: KLSpec, *, probe: bool = False) -> Loss:
     """`loss` as it is to be sent to the workers: wrapped where the estimator, or the probe, needs the logits."""
     if not kl.is_exact and not probe:
         return loss
-    return ExactLoss(loss=loss, divergence=divergence_of(kl) if kl.is_exact else None, probe=probe)
-
-
-def divergence_of(kl: KLSpec) -> Divergence:
-    """The function of core/exact.py that an exact estimator names."""
-    kind, _, direction = str(kl.estimator).partition("_")
-    if kind == "topk":
-        return partial(exact.topk, k=kl.top_k or TOP_K, direction=direction)
-    return {"reverse": exact.full_reverse, "forward": exact.full_forward}[direction]
+    return ExactLoss(loss=loss, divergence=terms.divergence_of(kl) if kl.is_exact else None, probe=probe)
 
 
 def per_token(divergence: Divergence, logits: Tensor, ref_logits: Tensor) -> Tensor:

@@ -65,9 +65,14 @@ def is_padding(batch: KVBatchMeta) -> list[bool]:
     return [bool(tag.get("is_padding", False)) for tag in batch.tags]
 
 
+def real_keys(batch: KVBatchMeta) -> list[str]:
+    """verl's keys of the other rows."""
+    return [key for key, padding in zip(batch.keys, is_padding(batch), strict=True) if not padding]
+
+
 def fetch(batch: KVBatchMeta) -> Rows:
     """Read one batch back from the TransferQueue."""
-    keys = [key for key, padding in zip(batch.keys, is_padding(batch), strict=True) if not padding]
+    keys = real_keys(batch)
     data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=[*_TENSORS, *_OBJECTS])
     padded = {name: torch.nested.to_padded_tensor(data[name], 0.0) for name in _TENSORS[:7]}
     extra_fields = _objects(data, names.EXTRA_FIELDS, len(keys))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from klreg_verl.core import controllers, penalties, shaping
+from klreg_verl.core import controllers, exact, penalties, shaping
+from klreg_verl.core.aggregation import response_sum
 from klreg_verl.core.controllers import Controller
+from klreg_verl.core.exact import Divergence
 from klreg_verl.core.shaping import Shaping
 from klreg_verl.experiment.recipe import KLSpec
 
@@ -20,9 +22,19 @@ def controller_of(kl: KLSpec) -> Controller:
     return controllers.controller(kl.controller.kind, **kl.controller.parameters)
 
 
+def divergence_of(kl: KLSpec) -> Divergence:
+    """The function over both models' logits that an exact estimator names."""
+    return exact.divergence(str(kl.estimator), k=kl.top_k)
+
+
 def token_charge(kl: KLSpec, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """What each token costs in the reward, (B, T) in nats, after shaping and before beta."""
     return penalties.token_charge(kl.estimator, logprobs, ref_logprobs, mask, shaping=shaping_of(kl), cap=kl.cap)
+
+
+def response_charge(kl: KLSpec, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The same of whole responses, (B,) in nats."""
+    return response_sum(token_charge(kl, logprobs, ref_logprobs, mask), mask)
 
 
 def reward_penalty(kl: KLSpec, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, group_ids: Tensor) -> Tensor:

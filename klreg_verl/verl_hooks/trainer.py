@@ -30,8 +30,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.tracking import Tracking
 
 from klreg_verl.core import penalties
-from klreg_verl.core.advantages import grpo
-from klreg_verl.core.aggregation import masked, response_sum
+from klreg_verl.core.aggregation import masked
 from klreg_verl.experiment.recipe import KLSpec, check_kl, load_kl
 from klreg_verl.verl_hooks import (
     checkpoints,
@@ -42,6 +41,7 @@ from klreg_verl.verl_hooks import (
     reference_samples,
     rows,
     sampling,
+    temperature_one,
     terms,
     worker,
 )
@@ -100,8 +100,7 @@ class KLRegTrainer(PPOTrainerSync):
     @property
     def probing(self) -> bool:
         """Whether the exact KL is measured at this step."""
-        every = self.block.probes.exact_every
-        return bool(every) and self.global_steps % every == 0
+        return self.block.probes.is_due("exact_every", self.global_steps)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -138,10 +137,20 @@ class KLRegTrainer(PPOTrainerSync):
     def _row_of(self) -> dict[str, int]:
         return getattr(self.agent_loop_manager, "row_of", {})
 
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """verl's, and where asked both models' at temperature 1."""
+        batch = super()._compute_ref_log_prob(batch, metrics)
+        due = self.block.probes.is_due("temperature_one_every", self.global_steps)
+        self.at_one = temperature_one.logprobs(self, batch) if due else None
+        return batch
+
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """Task advantages through verl; then the reward placement's KL, outside any division by a group's std."""
         batch = super()._compute_advantage(batch, metrics)
-        self.sampled = rows.fetch(batch)
+        self.sampled, longest = rows.fetch(batch), self.config.data.max_response_length
+        self.measured = measure.measure(self.sampled, self.kl, self.beta.now, longest)
+        if self.at_one is not None:
+            self.measured |= temperature_one.measured(self.sampled, *self.at_one)
         if self.kl.in_reward:
             metrics.update(charge_kl(self.sampled, batch.partition_id, self.kl, self.beta.now))
         return batch
@@ -150,7 +159,7 @@ class KLRegTrainer(PPOTrainerSync):
         """verl's update; the checkpoint that may follow holds the beta of the next one."""
         reference_samples.begin_update(self)
         batch = super()._update_actor(batch, metrics)
-        self.beta.updated(self.sampled, self.global_steps)
+        self.beta.updated(self.measured, len(self.sampled.samples), self.global_steps)
         metrics.update(worker.move(self.actor_rollout_wg, self.block.reference, self.global_steps))
         return batch
 
@@ -164,7 +173,7 @@ class KLRegTrainer(PPOTrainerSync):
         super()._compute_metrics(batch, metrics, timing_raw, *args, **kwargs)
         sampled = self.sampled
         tokens = sum(map(len, sampled.prompts)) + sum(map(len, sampled.responses))
-        metrics.update(measure.measure(sampled, self.kl, self.beta.now, self.config.data.max_response_length))
+        metrics.update(self.measured)
         metrics["kl/beta_effective"] = measure.effective_beta(sampled, self.beta.now, self.divides_by_std)
         metrics["kl/saturated"] = float(self.beta.state.saturated)
         metrics.update(measure.timing_metrics(timing_raw, tokens))
@@ -269,11 +278,10 @@ def _beside(rows: Rows, kl: KLSpec, beta: float) -> Tensor:
 
 
 def _normalized(rows: Rows, kl: KLSpec, beta: float) -> Tensor:
-    """(B, T): GRPO on score minus beta times the response's charge. The std divides beta, too, and in a group of equal
-    scores cancels it: biased, and there to be measured."""
-    charge = terms.token_charge(kl, rows.old_logprobs, rows.ref_logprobs, rows.response_mask)
-    scores = rows.scores - beta * response_sum(charge, rows.response_mask)
-    return grpo(scores, rows.group_ids)[:, None].expand_as(rows.response_mask)
+    """(B, T): GRPO on the charged scores."""
+    charges = terms.response_charge(kl, rows.old_logprobs, rows.ref_logprobs, rows.response_mask)
+    advantage = penalties.normalized_advantages(rows.scores, charges, rows.group_ids, beta=beta)
+    return advantage[:, None].expand_as(rows.response_mask)
 
 
 def active_line(config: DictConfig, kl: KLSpec) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from klreg_verl.core import alarms
@@ -19,9 +18,8 @@ class Watch:
     """Checks the lines of one run, in order."""
 
     def __init__(self, spec: AlarmsSpec) -> None:
-        thresholds = asdict(spec)
-        self.stop = thresholds.pop("stop")
-        self.alarms = alarms.Alarms(**thresholds)
+        self.stop = spec.stop
+        self.alarms = alarms.Alarms(**spec.thresholds)
         self.history: list[Mapping[str, Any]] = []
         self.fired: tuple[alarms.Alarm, ...] = ()
 

@@ -30,6 +30,13 @@ def start(runs: Path, *arguments: str, **variables: str) -> subprocess.Popen[byt
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.DEVNULL)
 
 
+def start_with(module: str, runs: Path, results: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """The same with a module of this folder loaded into verl, which writes to `results`; nothing is evaluated."""
+    here, path = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
+    variables = {"VERL_USE_EXTERNAL_MODULES": module, "PYTHONPATH": os.pathsep.join(filter(None, [here, path]))}
+    return start(runs, *arguments, "eval.before=false", "eval.every=0", KLREG_BENCH=str(results), **variables)
+
+
 def test_peak_memory_and_where_the_start_up_goes(tmp_path: Path):
     begun = time.time()
     process = start(tmp_path, "train.steps=4", "--arm", "forward")
@@ -44,13 +51,7 @@ def test_peak_memory_and_where_the_start_up_goes(tmp_path: Path):
 
 def test_step_time_of_ours_against_stock_verl(tmp_path: Path):
     results = tmp_path / "turns.jsonl"
-    process = start(
-        tmp_path,
-        *(f"train.steps={PAIRED_STEPS + 1}", "eval.before=false", "eval.every=0", "--arm", "forward"),
-        KLREG_BENCH=str(results),
-        VERL_USE_EXTERNAL_MODULES="alternating",
-        PYTHONPATH=os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])),
-    )
+    process = start_with("alternating", tmp_path, results, f"train.steps={PAIRED_STEPS + 1}", "--arm", "forward")
     assert process.wait(timeout=1800) == 0
     turns = [json.loads(line) for line in results.read_text().splitlines()][1:]
     print(f"\nseconds per step, {len(turns)} steps in one run, turn by turn")
@@ -63,13 +64,7 @@ def test_step_time_of_ours_against_stock_verl(tmp_path: Path):
 @pytest.mark.parametrize("arm", ["reverse", "forward"])
 def test_the_kl_hooks_share_of_a_step(tmp_path: Path, arm: str):
     results = tmp_path / "calls.jsonl"
-    process = start(
-        tmp_path,
-        *("train.steps=13", "eval.before=false", "eval.every=0", "--arm", arm),
-        KLREG_BENCH=str(results),
-        VERL_USE_EXTERNAL_MODULES="hook_share",
-        PYTHONPATH=os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])),
-    )
+    process = start_with("hook_share", tmp_path, results, "train.steps=13", "--arm", arm)
     assert process.wait(timeout=900) == 0
     lines = (tmp_path / "quickstart" / arm / "palindrome" / "seed1" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["time/step_s"] for line in lines]

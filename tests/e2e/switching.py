@@ -24,11 +24,15 @@ def _install(module: ModuleType) -> None:
     class SwitchingTrainer(KLRegTrainer):
         """KLRegTrainer under blocks[step - 1]."""
 
+        in_force = None
+
         def on_step_begin(self) -> None:
             block = blocks[self.global_steps - 1]
-            self.kl = strict.build(KLSpec, strict.from_plain(block, file="KLREG_SWITCH"))
-            self.beta = Beta(self.kl)
-            self.send_loss()
+            if block != self.in_force:  # a controller goes on while its block stays
+                self.in_force = block
+                self.kl = strict.build(KLSpec, strict.from_plain(block, file="KLREG_SWITCH"))
+                self.beta = Beta(self.kl)
+                self.send_loss()
             super().on_step_begin()
 
     SwitchingTrainer.__name__ = "KLRegTrainer"  # the driver makes sure of the name

@@ -41,9 +41,29 @@ def every_block() -> list[dict[str, Any]]:
         block("reward", "k1", baseline="none"),
         *(block("reward", "k1", shaping=shaping) for shaping in shapings),
         block("both", "k3", aggregation="seq-mean-token-sum"),
+        block("reward", "k1", normalize_with_reward=True),
         block("loss", "math_of_my_own:k2"),
         *(block("loss", name) for name in EXACT),
+        *moved_blocks(),
     ]
+
+
+CONTROLLERS: list[dict[str, Any]] = [
+    {"kind": "verl_adaptive", "signal": "token", "target": 1e-6, "horizon": 100},
+    {"kind": "multiplicative", "signal": "response", "target": 1e-6},
+    {"kind": "dynamic", "reward_threshold": 0.0},
+    {"kind": "linear", "beta_end": 0.2, "steps": 2},
+    {"kind": "exponential", "beta_end": 0.4, "steps": 2},
+    {"kind": "cosine", "beta_end": 0.2, "steps": 4},
+    {"kind": "matched_kl", "signal": "response", "target": 1e-6, "beta_min": 1e-3, "beta_max": 10.0},
+]
+"""Each moves beta after one step of a policy that has left the reference."""
+
+
+def moved_blocks() -> list[dict[str, Any]]:
+    """Two steps of each controller, in turns in the loss and in the reward."""
+    places = itertools.cycle([("loss", "k3"), ("reward", "k1")])
+    return [each for rule in CONTROLLERS for each in [block(*next(places), controller=rule)] * 2]
 
 
 VOID = block("loss", "k1", 5.0)
@@ -80,6 +100,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[dict[st
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(folder)]),
     }
     settings = [*LEAN, f"train.steps={len(blocks)}"]
+    settings += ["train.temperature=0.9", "probes.temperature_one_every=10"]
     settings += ["probes.exact_every=5", f"reference.reset_every={len(control_blocks()) + 10}"]
     finish(lab.start("run", QUICK, "--arm", "forward", *settings, **variables), timeout=2100)
     return metrics(lab.folder("quickstart", "forward"))
@@ -100,7 +121,7 @@ def test_every_block_of_a_recipe_acts_on_one_live_stack(lines: list[dict[str, An
     assert [line["step"] for line in lines] == list(range(1, len(blocks) + 1))
     for given, line in zip(blocks, lines, strict=True):
         placement, estimator = given["placement"], given.get("estimator")
-        assert line["kl/beta"] == given.get("beta", 0.0), given
+        assert math.isfinite(line["kl/beta"]) if "controller" in given else line["kl/beta"] == given.get("beta", 0.0)
         assert ("actor/kl_loss" in line) == (placement in ("loss", "both")), given
         assert ("kl/advantage_share" in line) == (placement in ("reward", "both")), given
         assert math.isfinite(line["actor/grad_norm"]) and math.isfinite(line["kl/penalty"]), given
@@ -109,6 +130,27 @@ def test_every_block_of_a_recipe_acts_on_one_live_stack(lines: list[dict[str, An
         assert ("kl_ref/exact_token" in line) == (line["step"] % 5 == 0), given
         if placement in ("reward", "both") and line["kl_ref/k3_token"] > 1e-6:
             assert line["kl/advantage_share"] > 0, given
+
+
+def test_every_controller_moves_beta_in_either_place(lines: list[dict[str, Any]]):
+    moved = lines[-2 * len(CONTROLLERS) :]
+    for rule, first, second in zip(CONTROLLERS, moved[::2], moved[1::2], strict=True):
+        assert first["kl/beta"] == 0.1, rule
+        assert second["kl/beta"] != pytest.approx(0.1, rel=1e-3), rule
+        assert second["adaptive_kl/current_beta"] == second["kl/beta"], rule
+    after = {rule["kind"]: line["kl/beta"] for rule, line in zip(CONTROLLERS, moved[1::2], strict=True)}
+    assert after["linear"] == pytest.approx(0.15)  # 0.1 + (0.2 - 0.1) * 1 / 2
+    assert after["exponential"] == pytest.approx(0.2)  # 0.1 * (0.4 / 0.1) ** (1 / 2)
+    assert after["cosine"] == pytest.approx(0.2 - 0.1 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_the_kl_at_temperature_one_is_measured_beside_that_of_training(lines: list[dict[str, Any]]):
+    measured = [line for line in lines if "kl_ref_t1/k3_response" in line]
+    assert [line["step"] for line in measured] == list(range(10, len(lines) + 1, 10))
+    away = [line for line in measured if line["kl_ref/k3_token"] > 1e-3]
+    assert away
+    for line in away:
+        assert 0 < line["kl_ref_t1/k3_token"] != line["kl_ref/k3_token"]
 
 
 def test_the_exact_kl_is_what_its_estimators_estimate_and_a_reset_makes_it_zero(lines: list[dict[str, Any]]):

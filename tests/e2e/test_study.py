@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from stack import ROOT, Lab, finish, metrics, remains, stack_processes
 
 from klreg_verl.experiment import plan, recipe
@@ -28,10 +31,11 @@ SMALL = ["train.steps=2", "train.prompts_per_step=8", "train.responses_per_promp
 LEAN = ["eval.before=false", "eval.every=0", "save.every=1"]
 
 
-def test_three_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(lab: Lab):
+def test_four_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(lab: Lab, tmp_path: Path):
     before, segments = stack_processes(), shared_segments()
-    output = lab.klreg("run", QUICK, *SMALL, "save.every=1")
-    folders = {arm: lab.folder("quickstart", arm) for arm in ("none", "reverse", "forward")}
+    study = with_a_fourth_arm(tmp_path)
+    output = lab.klreg("run", study, *SMALL, "save.every=1", "alarms.kl_below=1000", "alarms.warm_up=1")
+    folders = {arm: lab.folder("four", arm) for arm in ("none", "reverse", "forward", "drawn")}
     lines = {arm: metrics(folder) for arm, folder in folders.items()}
 
     assert [line["step"] for line in lines["none"]] == [0, 1, 2]
@@ -41,7 +45,7 @@ def test_three_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(la
         assert first["none"][key] == pytest.approx(first["reverse"][key], abs=1e-6)
         assert first["none"][key] == pytest.approx(first["forward"][key], abs=1e-6)
     tokens = {arm: samples(folder, 1)["token_ids"].map(tuple).tolist() for arm, folder in folders.items()}
-    assert tokens["none"] == tokens["reverse"] == tokens["forward"]
+    assert tokens["none"] == tokens["reverse"] == tokens["forward"] == tokens["drawn"]
     assert len(set(tokens["none"])) > 16  # 32 responses: every request has a seed of its own
 
     for arm, line in lines.items():
@@ -54,30 +58,63 @@ def test_three_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(la
         assert json.loads((folder / "state.json").read_text())["status"] == "done"
         assert json.loads((folder / "provenance.json").read_text())["versions"]["verl"] == "0.9.1"
         assert list((folder / "tensorboard").rglob("events.*"))
-    assert (lab.runs / "quickstart" / "report.html").stat().st_size > 50_000
+        assert "alarm/kl_below" not in line[1] and line[2]["alarm/kl_below"] == 1  # step 1 is warm-up
+        assert "[klreg] alarm kl_below at step 2" in log(folder)
+    assert lines["drawn"][1]["kl_ref/forward_sampled"] == pytest.approx(0.0, abs=0.05)  # drawn from this very policy
+    assert (lab.runs / "four" / "report.html").stat().st_size > 50_000
+    assert "kl_below" in (lab.runs / "four" / "report.md").read_text()
     assert "report:" in output
     assert not remains(before)
     assert shared_segments() <= segments
 
     started = time.monotonic()
-    again = lab.klreg("run", QUICK, *SMALL, "save.every=1")  # nothing is left to do
-    assert "starting" not in again
+    again = lab.klreg("run", study, *SMALL, "save.every=1", "alarms.kl_below=1000", "alarms.warm_up=1")
+    assert "starting" not in again  # nothing is left to do
     assert time.monotonic() - started < 60
+    look_back(lab, folders["none"], lines["none"])
+
+
+def beginning(folder: Path) -> dict[str, list]:
+    """What the first three steps were; the third is after the checkpoint and is made again by every attempt."""
+    keys = ("kl/beta", "kl_ref/k3_token", "reference/moved_at")
+    found = {key: [line[key] for line in metrics(folder)[:3]] for key in keys}
+    return found | {"tokens": samples(folder, 3)["token_ids"].map(tuple).tolist()}
+
+
+def with_a_fourth_arm(folder: Path) -> Path:
+    """The quick study and forward KL proper, as a user's recipe."""
+    path = folder / "four.yaml"
+    drawn = "{placement: loss, estimator: reference_samples, follows: forward, draw: {prompts: 8, per_prompt: 2}}"
+    path.write_text(f"base: {QUICK}\narms: {{drawn: {{kl: {drawn}}}}}\n")
+    return path
+
+
+def look_back(lab: Lab, folder: Path, lines: list[dict]) -> None:
+    """`klreg kl` and `klreg replay` on what the run left."""
+    replayed = json.loads(lab.klreg("replay", folder, "--step", "1", "--only", "loss/k*", "--json"))
+    assert replayed["k1_token"] == pytest.approx(lines[2]["kl_ref/k1_token"], abs=1e-4)  # as the run measured it
+    assert replayed["gradient_norm"] == pytest.approx(lines[2]["actor/grad_norm"], rel=0.02)
+    record = json.loads((folder / "provenance.json").read_text())
+    between = ["kl", folder / "checkpoints" / "global_step_2", record["model"]["path"]]
+    asked = ["--prompts", record["data"]["val"]["path"], "--max-prompts", "4", "--max-tokens", "12", "--json"]
+    found = json.loads(lab.klreg(*between, *asked))
+    assert 0 < found["reverse"]["token"]["mean"] < 1, found
 
 
 VICTIMS = {
     "verl_hooks.main": "the driver was killed by SIGKILL",
+    "ray::WorkerDict": "ActorDiedError|actor died unexpectedly",
     "VLLM::EngineCore": "vLLM's engine .* was killed|EngineDeadError",  # where verl was waiting, or was just asking
 }
 """Whom to kill -9 -> what `klreg run` says then."""
 
 
-def test_a_run_whose_driver_and_then_whose_vllm_is_killed_resumes_and_repeats_what_was_not_saved(lab: Lab):
-    controlled = "kl.controller={kind: verl_adaptive, target: 0.001, signal: token}"
-    command = ["run", ADVANTAGES, *SMALL, *LEAN, "train.steps=4", "save.every=2", controlled, "--arm", "dr_grpo"]
+def test_a_run_whose_processes_are_killed_one_by_one_resumes_and_repeats_what_was_not_saved(lab: Lab):
+    moving = ["kl.controller={kind: verl_adaptive, target: 0.001, signal: token}", "reference.ema=0.5"]
+    command = ["run", ADVANTAGES, *SMALL, *LEAN, "train.steps=4", "save.every=2", *moving, "--arm", "dr_grpo"]
     before = stack_processes()
     folder = lab.folder("rloo_vs_grpo", "dr_grpo")
-    lost, betas = [], []
+    lost = []
     for attempt, (victim, reason) in enumerate(VICTIMS.items()):
         process = lab.start(*command)
         wait_for_step(folder, 3, process, attempt + 1)
@@ -86,18 +123,17 @@ def test_a_run_whose_driver_and_then_whose_vllm_is_killed_resumes_and_repeats_wh
         assert process.returncode == 1
         assert re.search(reason, output), output
         assert not remains(before)
-        lost.append(samples(folder, 3)["token_ids"].map(tuple).tolist())
-        betas.append([line["kl/beta"] for line in metrics(folder)][:3])
+        lost.append(beginning(folder))
 
     lab.klreg(*command)
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
-    for attempt in (2, 3):
+    for attempt in range(2, len(VICTIMS) + 2):
         discarded = (folder / f"attempts/{attempt}/discarded.jsonl").read_text().splitlines()
         assert json.loads(discarded[0])["step"] == 3
-    again = samples(folder, 3)["token_ids"].map(tuple).tolist()
-    assert lost == [again, again]  # same data, same seeds, same weights
-    assert len(set(betas[0])) == 3  # the controller moved beta at every step
-    assert betas == [[line["kl/beta"] for line in metrics(folder)][:3]] * 2  # and a resume has it to the last bit
+    again = beginning(folder)
+    assert len(set(again["kl/beta"])) == 3  # the controller moved beta at every step
+    assert again["reference/moved_at"] == [1, 2, 3]
+    assert lost == [again] * len(VICTIMS)  # same data, seeds, weights and reference; beta to the last bit
     assert sorted(p.name for p in (folder / "checkpoints").glob("global_step_*")) == ["global_step_2", "global_step_4"]
     assert not remains(before)
 
@@ -106,35 +142,40 @@ def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A user's own project on two FSDP workers, while verl's own main runs with our hooks next to it."""
-    project = users_project(tmp_path / "project", lab)
-    build_inputs(lab, monkeypatch)
+    model = build_inputs(lab, monkeypatch)
+    project = users_project(tmp_path / "project", lab, model)
     before, segments = stack_processes(), shared_segments()
     own = lab.start("run", "vowels.yaml", cwd=project)
-    script = lab.klreg("plan", QUICK, *SMALL, *LEAN, "train.steps=1", "--as-verl", "forward")
+    alarmed = ["alarms.kl_above=-1", "alarms.warm_up=0", "alarms.stop=true"]  # at any KL
+    script = lab.klreg("plan", QUICK, *SMALL, *LEAN, *alarmed, "--as-verl", "forward")
     plain = plain_verl(script, tmp_path / "plain", lab)
 
     finish(own, timeout=1200)
     lines = metrics(lab.folder("vowels", "forward", "vowels", 3))
     assert [line["step"] for line in lines] == [1, 2]
     assert 0 < lines[0]["train/score"] < 1
+    assert lines[0]["kl_ref/k3_token"] > 1e-3  # the reference is not the starting model
     assert "diversity/coverage" not in lines[0] or lines[0]["diversity/coverage"] is None
     assert list(lab.folder("vowels", "forward", "vowels", 3).glob("wandb/offline-run-*/run-*.wandb"))
     actor = lab.folder("vowels", "forward", "vowels", 3) / "checkpoints" / "global_step_2" / "actor"
     assert len(list(actor.glob("model*_rank_1.pt"))) == 1  # the model really was sharded over two workers
 
-    assert plain.wait(timeout=1200) == 0
+    assert plain.wait(timeout=1200) != 0
     output = (tmp_path / "plain" / "log").read_text()
+    assert "AlarmRaised: alarms.stop is true, and an alarm was raised. kl_above" in output
+    assert "step:1 " in output and "step:2 " not in output
     assert "[klreg] KL placement=loss estimator=k3 follows=forward beta=0.2" in output
     assert "kl_ref/k1_response:" in output
     wait_until_gone(before)
     guardian.remove_unused(shared_segments() - segments)  # stock verl leaves vLLM's behind; our launcher does not
 
 
-def users_project(folder: Path, lab: Lab) -> Path:
-    """Copy the fixture project out of the repository and give it parquet files of its own."""
+def users_project(folder: Path, lab: Lab, model: Path) -> Path:
+    """Copy the fixture project out of the repository; give it parquet files and a reference model of its own."""
     folder.mkdir()
     for name in ("my_rewards.py", "vowels.yaml"):
         (folder / name).write_text((Path(__file__).parent / "project" / name).read_text())
+    perturbed(model, folder / "other_model")
     from data_prep import palindrome
 
     built = palindrome.cache(palindrome.PalindromeOptions(train_size=64, test_size=8), lab.cache, lambda *_: None)
@@ -147,11 +188,20 @@ def users_project(folder: Path, lab: Lab) -> Path:
     return folder
 
 
-def build_inputs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quick study's data and model, which a plain verl command finds but does not build."""
+def perturbed(model: Path, folder: Path) -> None:
+    """A copy of a model, every weight changed by about 5 %."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    noisy = {name: w * (1 + 0.05 * torch.randn(w.shape, generator=generator)) for name, w in weights.items()}
+    save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def build_inputs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The quick study's data and model, which a plain verl command finds but does not build; the model's folder."""
     specs = plan.expand(recipe.load(QUICK))
     monkeypatch.setenv("KLREG_CACHE", str(lab.cache))
-    inputs.prepare(specs[0], lab.runs, print)
+    return inputs.prepare(specs[0], lab.runs, print).model
 
 
 def plain_verl(script: str, folder: Path, lab: Lab) -> subprocess.Popen[bytes]:
