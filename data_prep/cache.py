@@ -1,8 +1,9 @@
 """Options as frozen dataclasses, and folders cached by a hash of what made them.
 
-A cached folder is `<data_root>/<name>-<hash>`, the hash taken over the options and the builder's own source file,
-so that a changed option or a changed builder makes a new folder and never touches an old one. A folder appears by
-one rename, after all its files are on disk: a folder that exists is complete.
+A cached folder is `<data_root>/<name>-<hash>`, the hash taken over the options and the files that the content is made
+of: the builder's own source, and the user's files where it reads any. A changed option, builder or file thus makes a
+new folder and never touches an old one. A folder appears by one rename, after all its files are on disk: a folder that
+exists is complete.
 """
 
 import argparse
@@ -12,11 +13,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, field, fields
+from dataclasses import Field, asdict, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from klreg_verl.experiment import strict
 
@@ -47,32 +48,54 @@ def run_builder(
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to make; must not exist")
+    kinds = get_type_hints(cls)
     for item in fields(cls):  # type: ignore[arg-type]
-        flag = "--" + item.name.replace("_", "-")
-        text = f"{item.metadata['help']} (default: {item.default})"
-        parser.add_argument(flag, type=type(item.default), default=item.default, help=text, metavar=flag[2:].upper())
+        _add_argument(parser, item, kinds[item.name])
     given = vars(parser.parse_args(argv))
     folder = given.pop("out")
     try:
-        options = cls(**given)
+        options = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
         make_folder(folder, lambda out: build(options, out))
     except ValueError as error:
         parser.error(str(error))
     return folder
 
 
-def content_hash(options: Any, source: Path) -> str:
-    """First 16 hexadecimal digits of the sha256 over the options (canonical JSON) and the bytes of `source`."""
+def _add_argument(parser: argparse.ArgumentParser, item: Field[Any], kind: Any) -> None:
+    """One option: `--name VALUE`, or `--name VALUE ...` for a tuple."""
+    flag = "--" + item.name.replace("_", "-")
+    several = get_origin(kind) is tuple
+    default = item.default if item.default not in ("", ()) else "none"
+    parser.add_argument(
+        flag,
+        type=get_args(kind)[0] if several else type(item.default),
+        nargs="*" if several else None,
+        default=item.default,
+        help=f"{item.metadata['help']} (default: {default})".replace("%", "%%"),
+        metavar="|".join(get_args(kind)) if get_origin(kind) is Literal else flag[2:].upper(),
+    )
+
+
+def content_hash(options: Any, *sources: Path) -> str:
+    """First 16 hexadecimal digits of the sha256 over the options (canonical JSON) and the bytes of the files."""
     canonical = json.dumps(asdict(options), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode() + b"\0" + source.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(canonical.encode())
+    for source in sources:
+        content = source.read_bytes()
+        digest.update(b"\0" + str(len(content)).encode() + b"\0" + content)
+    return digest.hexdigest()[:16]
 
 
-def cached_folder(name: str, options: Any, source: Path, data_root: Path, fill: Callable[[Path], None]) -> Path:
-    """The folder that `fill` makes from `options`, built at the first call and found at later ones.
+def planned_folder(name: str, options: Any, sources: Iterable[Path], data_root: Path) -> Path:
+    """Where the folder made from `options` and `sources` is or will be; makes nothing."""
+    return Path(data_root).resolve() / f"{name}-{content_hash(options, *sources)}"
+
+
+def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """The planned folder, made by `fill` at the first call and found at later ones.
 
     A second process that wants the same folder at the same time waits for the first.
     """
-    folder = Path(data_root).resolve() / f"{name}-{content_hash(options, source)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f".{folder.name}.lock")):
         if not folder.exists():

@@ -1,20 +1,22 @@
-"""What is wrong with a task's files or a model folder, said before anything starts.
+"""What is wrong with a task's files, its reward function or a model folder, said before anything starts.
 
 Every function raises ValueError whose text says what was given, why it cannot work, and what to do. `klreg run
---dry-run` calls them all.
+--dry-run` and `klreg data check` call them.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from data_prep.schema import check_file
+from data_prep import trial
+from data_prep.lengths import Messages, RenderError, load_tokenizer, named_tokenizer, num_tokens
+from data_prep.schema import check_file, differences
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 MAX_PADDING_NATS = 0.003
 """Largest log(model vocabulary / tokenizer vocabulary) let through [nats per token]; Qwen2.5 has 0.0018 to 0.0026."""
@@ -25,25 +27,61 @@ def check_task(
     val: Path,
     tokenizer_folder: Path | None,
     max_prompt_tokens: int,
-    known_sources: Collection[str] | None = None,
 ) -> dict[str, int]:
     """Checks both data files, and that every prompt, rendered by the tokenizer, has at most `max_prompt_tokens`
     tokens.
 
-    `known_sources` are the data_source names that the reward function grades (data_prep.rewards.GRADERS), or None for
-    a reward function of the user's own. Without a tokenizer folder lengths are not checked.
+    Without a tokenizer folder lengths are not checked.
 
     Returns the counts train_rows and val_rows, and longest_prompt [tokens] if there is a tokenizer.
     """
     tables = {path: check_file(path) for path in (Path(train), Path(val))}
-    for path, table in tables.items():
-        _check_sources(path, table, known_sources)
     counts = {"train_rows": tables[Path(train)].num_rows, "val_rows": tables[Path(val)].num_rows}
     if tokenizer_folder is None:
         return counts
-    tokenizer = _load_tokenizer(Path(tokenizer_folder))
-    longest = max(_check_lengths(path, table, tokenizer, max_prompt_tokens) for path, table in tables.items())
-    return counts | {"longest_prompt": longest}
+    tokenizer = load_tokenizer(Path(tokenizer_folder))
+    return counts | {"longest_prompt": check_lengths(tables, tokenizer, max_prompt_tokens)}
+
+
+def check_lengths(tables: Mapping[Path, pa.Table], tokenizer: Any, max_prompt_tokens: int) -> int:
+    """The longest prompt of all files [tokens], once none is over `max_prompt_tokens`."""
+    return max(_check_lengths(path, table, tokenizer, max_prompt_tokens) for path, table in tables.items())
+
+
+def repeated_prompts(tables: Mapping[Path, pa.Table]) -> list[str]:
+    """A sentence for each file that asks something twice, and for each pair of files that ask the same."""
+    prompts = {path: [json.dumps(row) for row in table["prompt"].to_pylist()] for path, table in tables.items()}
+    within = [(path, len(rows) - len(set(rows))) for path, rows in prompts.items()]
+    found = [f"{count} prompts of {path.name} are repeated in it" for path, count in within if count]
+    for (one, left), (two, right) in itertools.combinations(prompts.items(), 2):
+        if count := len(set(left) & set(right)):
+            found.append(f"{count} prompts of {two.name} are in {one.name} too: what is tested was trained on")
+    return found
+
+
+def describe(
+    files: Sequence[Path], reward: str | None = None, tokenizer: str | None = None, max_prompt_tokens: int = 1024
+) -> list[str]:
+    """What can be said of data files that a user brings, one sentence a line.
+
+    Tries `reward` (pkg.module:function) on each file's rows, or this project's own if none is named, and counts tokens
+    where a `tokenizer` is named. Raises ValueError for whatever would end a run or spoil it.
+    """
+    tables = {Path(path): check_file(Path(path)) for path in files}
+    lines = [f"{path}: {table.num_rows} rows in verl's schema" for path, table in tables.items()]
+    lines += [f"note: {text}." for text in (*differences(tables), *repeated_prompts(tables))]
+    if tokenizer is not None:
+        longest = check_lengths(tables, named_tokenizer(tokenizer), max_prompt_tokens)
+        lines.append(f"longest prompt: {longest} tokens of at most {max_prompt_tokens}")
+    function = trial.load_function(reward or trial.OURS)
+    return lines + [_tried(path, trial.try_reward(function, table), reward) for path, table in tables.items()]
+
+
+def _tried(path: Path, tried: trial.Trial, reward: str | None) -> str:
+    return (
+        f"{path}: {reward or 'our own reward'} returns {', '.join(tried.keys)}; given as responses, {tried.right} of "
+        f"{tried.rows} ground truths score above an empty one; slowest call {1000 * tried.slowest:.0f} ms"
+    )
 
 
 def check_model(folder: Path) -> dict[str, int]:
@@ -58,7 +96,7 @@ def check_model(folder: Path) -> dict[str, int]:
         )
     config = _read_config(folder)
     _check_weights(folder)
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"{folder}: the tokenizer has no chat template, so prompts cannot be rendered. Save one with it."
@@ -89,16 +127,6 @@ def check_vocabulary(folder: Path, model_size: int, tokenizer_size: int) -> None
         )
 
 
-def _check_sources(path: Path, table: pa.Table, known: Collection[str] | None) -> None:
-    unknown = set(table["data_source"].to_pylist()) - set(known) if known is not None else set()
-    if unknown:
-        raise ValueError(
-            f"{path}: no reward for data_source {', '.join(map(repr, sorted(map(str, unknown))))}, so every response "
-            f"would score 0. Known: {', '.join(sorted(known or ()))}. Give the task a reward function of your own "
-            "(`reward: package.module:function`), or rename the source."
-        )
-
-
 def _check_lengths(path: Path, table: pa.Table, tokenizer: Any, max_prompt_tokens: int) -> int:
     """The longest prompt of the file [tokens]."""
     lengths = [_num_tokens(tokenizer, messages, path, row) for row, messages in enumerate(table["prompt"].to_pylist())]
@@ -112,30 +140,14 @@ def _check_lengths(path: Path, table: pa.Table, tokenizer: Any, max_prompt_token
     return max(lengths)
 
 
-def _num_tokens(tokenizer: Any, messages: list[dict[str, str]], path: Path, row: int) -> int:
-    from jinja2 import TemplateError
-
+def _num_tokens(tokenizer: Any, messages: Messages, path: Path, row: int) -> int:
     try:
-        return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    except TemplateError as error:
+        return num_tokens(tokenizer, messages)
+    except RenderError as error:
         raise ValueError(
             f"{path}: row {row} cannot be rendered by the chat template: {error}. Its roles are "
             f"{[message['role'] for message in messages]}; use those that the model's template knows."
         ) from error
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(
-            f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}), so no prompt can be encoded. Copy the "
-            "tokenizer's files of the model it was made from into the folder (tokenizer.save_pretrained)."
-        )
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: the tokenizer cannot be loaded: {error}. Save it anew from its model.") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Reasoning-gym's palindrome task as train.parquet, test.parquet and card.json.
 
 The letters of an item can be arranged into one or several palindromes; every one of them is right. The number N of
-right answers is known exactly, which is what makes the task good for a study of diversity.
+right answers is known exactly, which is what makes the task good for a study of diversity. It is kept as text: 42
+letters can have more of them than an int64 can count.
 
 Two traps are avoided. Reasoning-gym draws item i with seed + i, so train and test with neighbouring seeds share
 nearly all items: here both come from one sequence, first the test items, then, after a gap, the train items. And
@@ -14,27 +15,31 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from data_prep import styles
 from data_prep.cache import (
     Progress,
     cached_folder,
     option,
+    planned_folder,
     print_progress,
     run_builder,
     sha256_of,
 )
-from data_prep.schema import write_parquet
+from data_prep.schema import make_row, write_parquet
 from klreg_verl.experiment.strict import FieldError
 
 DATA_SOURCE = "palindrome"
-Style = Literal["letters", "question"]
+Style = Literal["letters", "question", "r1_boxed", "r1_answer"]
 SEED_GAP = 10_000
 """Items left unused between the last test item and the first train item."""
+MOST_LETTERS = 2000
+"""Beyond this a count of right answers has more digits than Python turns into text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,9 @@ class PalindromeOptions:
     min_length: int = option(6, "smallest number of letters")
     max_length: int = option(8, "largest number of letters")
     min_valid: int = option(2, "items with fewer right answers than this are dropped")
-    style: Style = option("letters", "prompt: `letters` alone (for the tiny model), or reasoning-gym's `question`")
+    style: Style = option(
+        "letters", "prompt: `letters` alone (for the tiny model), reasoning-gym's `question`, `r1_boxed` or `r1_answer`"
+    )
     seed: int = option(1, "reasoning-gym's seed of the first item")
 
     def __post_init__(self) -> None:
@@ -57,6 +64,8 @@ class PalindromeOptions:
             raise FieldError(
                 "max_length", f"{self.max_length} is below min_length={self.min_length}. Raise max_length."
             )
+        if self.max_length > MOST_LETTERS:
+            raise FieldError("max_length", f"{self.max_length} is above {MOST_LETTERS}, the largest possible.")
         if self.seed < 0:
             raise FieldError("seed", f"Python draws the same numbers for {self.seed} and {-self.seed}. Use 0 or more.")
         if self.style not in get_args(Style):
@@ -91,35 +100,53 @@ def build(options: PalindromeOptions, folder: Path, progress: Progress = print_p
     Raises ValueError if the options allow fewer different items than asked for.
     """
     seen: set[str] = set()
+    total = options.test_size + options.train_size
     test = _draw("test", options.test_size, 0, seen, options)
-    progress(1, 3, f"{len(test.rows)} test items of {test.drawn} drawn")
-    train = _draw("train", options.train_size, test.drawn + SEED_GAP, seen, options)
-    progress(2, 3, f"{len(train.rows)} train items of {train.drawn} drawn")
+    progress(options.test_size, total, f"{len(test.rows)} test items of {test.drawn} drawn")
+
+    def told(done: int, drawn: int) -> None:
+        progress(options.test_size + done, total, f"{done} train items of {drawn} drawn")
+
+    train = _draw("train", options.train_size, test.drawn + SEED_GAP, seen, options, told)
     for name, split in (("test", test), ("train", train)):
         write_parquet(split.rows, folder / f"{name}.parquet")
     (folder / "card.json").write_text(json.dumps(_card(options, folder, test, train), indent=2) + "\n")
-    progress(3, 3, "train.parquet, test.parquet and card.json written")
+    progress(total, total, "train.parquet, test.parquet and card.json written")
+
+
+def planned(options: PalindromeOptions, data_root: Path) -> Path:
+    """The folder of these options; nothing is built."""
+    return planned_folder("palindrome", options, (Path(__file__), Path(styles.__file__)), data_root)
 
 
 def cache(options: PalindromeOptions, data_root: Path, progress: Progress = print_progress) -> Path:
     """The folder under `data_root` with the files of these options, built if it is not there."""
-    return cached_folder("palindrome", options, Path(__file__), data_root, lambda out: build(options, out, progress))
+    return cached_folder(planned(options, data_root), lambda out: build(options, out, progress))
 
 
-def _draw(split: str, size: int, first: int, seen: set[str], options: PalindromeOptions) -> Split:
-    """Takes items from index `first` on until `size` are accepted; adds their letters to `seen`."""
+def _draw(
+    split: str,
+    size: int,
+    first: int,
+    seen: set[str],
+    options: PalindromeOptions,
+    told: Callable[[int, int], None] = lambda done, drawn: None,
+) -> Split:
+    """Takes items from index `first` on until `size` are accepted; adds their letters to `seen`.
+
+    `told` is called with the items accepted and drawn, after each tenth of them.
+    """
     result = Split(first=first)
     limit = 10_000 + 100 * size
     for item in _items(first, limit, options):
-        letters = "".join(sorted(item["metadata"]["letters"]))
         result.drawn += 1
-        if num_palindromes(letters) < options.min_valid:
-            result.dropped[f"fewer than {options.min_valid} right answers"] += 1
-        elif letters in seen:
-            result.dropped["same letters as an earlier item"] += 1
-        else:
-            seen.add(letters)
-            result.rows.append(_row(item, split, len(result.rows), options.style))
+        reason = _objection(item, seen, options)
+        if reason:
+            result.dropped[reason] += 1
+            continue
+        result.rows.append(_row(item, split, len(result.rows), options.style))
+        if len(result.rows) % math.ceil(size / 10) == 0:
+            told(len(result.rows), result.drawn)
         if len(result.rows) == size:
             return result
     raise ValueError(
@@ -127,6 +154,17 @@ def _draw(split: str, size: int, first: int, seen: set[str], options: Palindrome
         f"{options.min_valid} right answers were asked for, but {limit} draws gave {len(result.rows)}. "
         "Ask for fewer, raise max_length, or lower min_valid."
     )
+
+
+def _objection(item: Mapping[str, Any], seen: set[str], options: PalindromeOptions) -> str:
+    """Why the item is dropped, or "" and its letters are in `seen`."""
+    letters = "".join(sorted(item["metadata"]["letters"]))
+    if num_palindromes(letters) < options.min_valid:
+        return f"fewer than {options.min_valid} right answers"
+    if letters in seen:
+        return "same letters as an earlier item"
+    seen.add(letters)
+    return ""
 
 
 def _items(first: int, limit: int, options: PalindromeOptions) -> Iterator[dict[str, Any]]:
@@ -148,18 +186,16 @@ def _items(first: int, limit: int, options: PalindromeOptions) -> Iterator[dict[
 def _row(item: Mapping[str, Any], split: str, index: int, style: str) -> dict[str, Any]:
     letters = "".join(item["metadata"]["letters"])
     meta = {"letters": letters, "length": len(letters), "source_index": item["metadata"]["source_index"]}
-    return {
-        "data_source": DATA_SOURCE,
-        "prompt": [{"role": "user", "content": letters if style == "letters" else item["question"]}],
-        "ability": "palindrome",
-        "reward_model": {"style": "rule", "ground_truth": item["answer"]},
-        "extra_info": {
-            "split": split,
-            "index": index,
-            "num_valid": str(num_palindromes(letters)),
-            "meta": json.dumps(meta, sort_keys=True),
-        },
-    }
+    return make_row(
+        data_source=DATA_SOURCE,
+        prompt=styles.prompt_text(letters, item["question"], style),
+        ability="palindrome",
+        ground_truth=item["answer"],
+        split=split,
+        index=index,
+        num_valid=str(num_palindromes(letters)),
+        meta=meta | styles.form_of(style),
+    )
 
 
 def _card(options: PalindromeOptions, folder: Path, test: Split, train: Split) -> dict[str, Any]:
@@ -185,8 +221,20 @@ def _file_card(path: Path, split: Split, seed: int) -> dict[str, Any]:
         "dropped": dict(split.dropped),
         "item_seeds": [seed + split.first, seed + split.first + split.drawn - 1],
         "rows_by_length": {str(length): lengths[length] for length in sorted(lengths)},
-        "right_answers": {"min": min(answers), "mean": sum(answers) / len(answers), "max": max(answers)},
+        "right_answers": {
+            name: _count(value)
+            for name, value in (
+                ("min", min(answers)),
+                ("median", sorted(answers)[len(answers) // 2]),
+                ("max", max(answers)),
+            )
+        },
     }
+
+
+def _count(value: int) -> int | str:
+    """A number that JSON readers keep exactly, as text beyond 2^53."""
+    return value if value <= 2**53 else str(value)
 
 
 def main() -> None:

@@ -4,24 +4,38 @@ verl calls it once per response, from several threads, with the response decoded
 function that raises there loses the response silently and biases the group, so this one never does; and since verl
 takes the list of keys from the first sample, every call returns the same ones:
 
-    score        1.0 for a right answer, else 0.0: what RL trains on
-    acc          the same, under the name that verl's validation averages
+    score        1.0 for a right answer, else 0.0 (or partial credit, where asked for): what RL trains on
+    acc          1.0 for a right answer, else 0.0, under the name that verl's validation averages
     pred         the answer as it was read, "" if there is none
     format_ok    1.0 if the response has the task's form, right or wrong
-    truncated    1.0 if a <think> is never closed, so that the response ended inside its reasoning
-    timeout      1.0 if the grading was stopped at its time limit (palindromes are graded at once, so never)
+    truncated    1.0 if the response ended inside its reasoning
+    timeout      1.0 if there is no verdict: the grading was stopped at its time limit, or its process died
 
-A task is an entry of GRADERS, by data_source; an unknown data_source scores 0 with a warning, once per source
-(data_prep.check refuses it before a run starts).
+The data_source names the task: "palindrome", "skill/<name>" for a skill of data_prep.skills, and mathematics for
+every other name (deepscaler, aime24, math500, skill/gsm8k, a user's own); there several right answers are a JSON list
+of strings. The form in which the answer is looked for is, in this order: the option `answer_format`; `answer_format`
+in the row's meta (data_prep/styles.py); the task's own, a box for mathematics and the whole text for the others.
+Options come by keyword, in verl as reward.custom_reward_function.reward_kwargs: see RewardOptions.
 """
 
+import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache, lru_cache
+from typing import Any, get_args
+
+from data_prep.grading.extraction import AnswerFormat, extract, final_text, is_truncated, last_box
+from data_prep.grading.mathematics import judge, right_answers
+from klreg_verl.experiment.strict import FieldError
 
 logger = logging.getLogger(__name__)
+
+PARTIAL_PALINDROME = 0.05
+PARTIAL_TEXT = 0.02
+MAX_PRED = 500
+"""Characters of an answer that are reported."""
+VERLS_ARGUMENTS = ("reward_router_address", "reward_model_tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +50,28 @@ class Grade:
     timeout: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions:
+    """What can be chosen by keyword. Raises FieldError, a ValueError, for a value that there is not."""
+
+    answer_format: AnswerFormat | None = None
+    """Where the answer is: "boxed", "answer" (tags), "plain" (the whole final text); None: as row and task say."""
+    partial_credit: bool = False
+    """Palindromes: reasoning-gym's 0.05 for a palindrome of other letters and 0.02 for any other text in `score`;
+    `acc` stays what is right. It pays for the form: a model can live on it without a right answer."""
+    thinks: bool = False
+    """The prompt opens the reasoning (<think> in the chat template): a response without </think> was cut, is counted
+    as truncated, and scores 0 whatever it contains."""
+
+    def __post_init__(self) -> None:
+        if self.answer_format not in (None, *get_args(AnswerFormat)):
+            known = ", ".join(get_args(AnswerFormat))
+            raise FieldError("answer_format", f"{self.answer_format!r} is not one of {known}.")
+        for name in ("partial_credit", "thinks"):
+            if not isinstance(getattr(self, name), bool):
+                raise FieldError(name, f"{getattr(self, name)!r} is neither true nor false.")
+
+
 def compute_score(
     data_source: str,
     solution_str: str,
@@ -43,46 +79,115 @@ def compute_score(
     extra_info: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, float | str]:
-    """Grades one response; `extra_info` and `kwargs` are verl's and are not read by the tasks here."""
-    grader = GRADERS.get(data_source) if isinstance(data_source, str) else None
+    """Grades one response.
+
+    Args:
+        data_source: names the task.
+        solution_str: the response, without the prompt.
+        ground_truth: the right answer, or a JSON list of several (mathematics).
+        extra_info: the row's; only `answer_format` in its `meta` is read.
+        kwargs: RewardOptions; verl's own are ignored, others warned of once.
+    """
     response = solution_str if isinstance(solution_str, str) else ""
-    if grader is None:
-        _warn_unknown(repr(data_source))
-        return asdict(Grade(truncated=is_truncated(response)))
-    return asdict(grader(response, str(ground_truth)))
+    try:
+        return dict(vars(_grade(data_source, response, ground_truth, extra_info, kwargs)))
+    except Exception as error:  # whatever it is: a response that cannot be graded must be seen, and must not be lost
+        _warn(f"Grading a response of {data_source!r} failed ({type(error).__name__}: {error}).")
+        return dict(vars(Grade(timeout=1.0)))
 
 
-def grade_palindrome(response: str, ground_truth: str) -> Grade:
+def _grade(data_source: Any, response: str, ground_truth: Any, extra_info: Any, kwargs: Mapping[str, Any]) -> Grade:
+    options = _options(kwargs)
+    grader, own_format = grader_of(data_source)
+    if is_truncated(response, thinks=options.thinks) and options.thinks:
+        return Grade(truncated=1.0)
+    form = options.answer_format or _format_of_row(extra_info) or own_format
+    answer = extract(final_text(response), form)
+    grade = Grade() if answer is None else grader(answer, ground_truth, options)
+    return replace(grade, truncated=float(is_truncated(response)))
+
+
+def _options(kwargs: Mapping[str, Any]) -> RewardOptions:
+    known = {field.name: kwargs[field.name] for field in fields(RewardOptions) if field.name in kwargs}
+    if unknown := [name for name in kwargs if name not in known and name not in VERLS_ARGUMENTS]:
+        names = ", ".join(field.name for field in fields(RewardOptions))
+        _warn(f"compute_score has no option {', '.join(map(repr, unknown))}, so it is ignored. There are {names}.")
+    try:
+        return RewardOptions(**known)
+    except FieldError as error:
+        _warn(f"compute_score ignores its options: {error}")
+        return RewardOptions()
+
+
+def _format_of_row(extra_info: Any) -> AnswerFormat | None:
+    """The form that the row's prompt asks for, if its meta says so."""
+    meta = extra_info.get("meta") if isinstance(extra_info, Mapping) else None
+    if not isinstance(meta, str) or "answer_format" not in meta:
+        return None
+    try:
+        form = json.loads(meta).get("answer_format")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return form if form in get_args(AnswerFormat) else None
+
+
+def grade_palindrome(answer: str, ground_truth: Any, options: RewardOptions) -> Grade:
     """Right is every palindrome that uses exactly the letters of `ground_truth`; upper case counts as lower.
 
-    The form asked for is one string of letters without spaces or punctuation. Reasoning-gym's partial credit for any
-    string or any palindrome is not given: it pays for the form, and its mean is no accuracy.
+    The form asked for is one string of letters without spaces or punctuation.
     """
-    answer = final_text(response)
     format_ok = answer.isascii() and answer.isalpha()
     pred = answer.lower()
-    right = float(format_ok and pred == pred[::-1] and sorted(pred) == sorted(ground_truth.lower()))
-    return Grade(score=right, acc=right, pred=pred, format_ok=float(format_ok), truncated=is_truncated(response))
+    is_palindrome = pred == pred[::-1]
+    right = float(format_ok and is_palindrome and sorted(pred) == sorted(str(ground_truth).lower()))
+    part = (PARTIAL_PALINDROME if is_palindrome else PARTIAL_TEXT) if options.partial_credit and pred else 0.0
+    return Grade(score=max(right, part), acc=right, pred=pred[:MAX_PRED], format_ok=float(format_ok))
 
 
-def final_text(response: str) -> str:
-    """What follows the last </think>, or all of it without one, stripped of white space.
+def grade_text(answer: str, ground_truth: Any, options: RewardOptions) -> Grade:
+    """Right is the ground truth itself, upper and lower case apart, white space around either left out."""
+    right = float(bool(answer) and answer == str(ground_truth).strip())
+    return Grade(score=right, acc=right, pred=answer[:MAX_PRED], format_ok=float(bool(answer)))
 
-    Only the closing mark is looked for: chat templates of reasoning models put the opening one into the prompt.
+
+def grade_mathematics(answer: str, ground_truth: Any, options: RewardOptions) -> Grade:
+    """Right is what is equal to one of the right answers as mathematics (data_prep/grading/mathematics.py).
+
+    A box inside the tags or the plain text that were asked for is opened.
     """
-    return response.rpartition("</think>")[2].strip()
+    boxed = last_box(answer)
+    answer = answer if boxed is None else boxed
+    if not answer:
+        return Grade()
+    verdict = judge(answer, right_answers(ground_truth))
+    right = float(verdict.right)
+    return Grade(score=right, acc=right, pred=answer[:MAX_PRED], format_ok=1.0, timeout=float(bool(verdict.ungraded)))
 
 
-def is_truncated(response: str) -> float:
-    """1.0 if the last <think> is not closed."""
-    _, opened, reasoning = response.rpartition("<think>")
-    return float(bool(opened) and "</think>" not in reasoning)
+Grader = Callable[[str, Any, RewardOptions], Grade]
+
+
+def grader_of(data_source: Any) -> tuple[Grader, AnswerFormat]:
+    """How a data_source is graded, and the form of its answers where nothing else is said."""
+    if isinstance(data_source, str) and data_source in GRADERS:
+        return GRADERS[data_source], "plain"
+    if isinstance(data_source, str) and data_source.startswith("skill/") and data_source[6:] in _skills():
+        return grade_text, "plain"
+    return grade_mathematics, "boxed"
+
+
+GRADERS: dict[str, Grader] = {"palindrome": grade_palindrome}
+"""The tasks with a way of grading of their own, besides the skills; they have a plain text for an answer."""
 
 
 @cache
-def _warn_unknown(data_source: str) -> None:
-    known = ", ".join(sorted(GRADERS))
-    logger.warning("No reward for data_source %s: every response scores 0. Known: %s.", data_source, known)
+def _skills() -> frozenset[str]:
+    from data_prep.skills import SKILLS
+
+    return frozenset(SKILLS)
 
 
-GRADERS: dict[str, Callable[[str, str], Grade]] = {"palindrome": grade_palindrome}
+@lru_cache(maxsize=256)
+def _warn(text: str) -> None:
+    """Logs a text once."""
+    logger.warning(text)

@@ -12,7 +12,8 @@ another, or a large_string beside a string (what pandas writes), fails there. He
 pandas.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,34 @@ SCHEMA = pa.schema(
         ("extra_info", EXTRA_INFO),
     ]
 )
+TAKEN = frozenset({"uid", "session_id", "sampling_params", "trajectory", "trace", "raw_prompt", "priority"})
+"""Columns that a file must not have: arguments and fields of verl's own agent loop."""
+
+
+def make_row(
+    *,
+    data_source: str,
+    prompt: str,
+    ability: str,
+    ground_truth: str,
+    split: str,
+    index: int,
+    num_valid: str | None = None,
+    meta: Mapping[str, Any],
+) -> dict[str, Any]:
+    """One row in SCHEMA; `prompt` becomes one message of the user, `meta` becomes JSON text with sorted keys."""
+    return {
+        "data_source": data_source,
+        "prompt": [{"role": "user", "content": prompt}],
+        "ability": ability,
+        "reward_model": {"style": "rule", "ground_truth": ground_truth},
+        "extra_info": {
+            "split": split,
+            "index": index,
+            "num_valid": num_valid,
+            "meta": json.dumps(meta, sort_keys=True, ensure_ascii=False),
+        },
+    }
 
 
 def write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -59,6 +88,7 @@ def check_file(path: Path) -> pa.Table:
     table = _read(Path(path))
     for name in ("data_source", "prompt", "reward_model"):
         _require_column(table, name, path)
+    _refuse_taken(table, path)
     _check_text(table.schema.field("data_source").type, "data_source", path)
     _check_prompt_type(table.schema.field("prompt").type, path)
     _check_struct(table.schema.field("reward_model").type, "reward_model", ("ground_truth",), path)
@@ -67,6 +97,35 @@ def check_file(path: Path) -> pa.Table:
         raise ValueError(f"{path} has no rows: there is nothing to train or evaluate on. Write at least one row.")
     _check_values(table, path)
     return table
+
+
+def differences(tables: Mapping[Path, pa.Table]) -> list[str]:
+    """A sentence for each field that verl reads and that has different types in different files.
+
+    verl concatenates the files of one list (several training files, or several validation files) and fails there.
+    """
+    places: dict[str, dict[pa.DataType, Path]] = {}
+    for path, table in tables.items():
+        for name in filter(table.column_names.__contains__, SCHEMA.names):
+            for place, found in _leaves(name, table.schema.field(name).type):
+                places.setdefault(place, {}).setdefault(found, path)
+    return [
+        f"{place} is {' and '.join(f'{found} in {path.name}' for found, path in types.items())}: verl cannot read "
+        "these files as one list. Write all with one schema (data_prep/schema.py has it)"
+        for place, types in places.items()
+        if len(types) > 1
+    ]
+
+
+def _leaves(place: str, found: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
+    """The fields below a type that hold values, by dotted path."""
+    if pa.types.is_struct(found):
+        for number in range(found.num_fields):
+            yield from _leaves(f"{place}.{found.field(number).name}", found.field(number).type)
+    elif pa.types.is_list(found) or pa.types.is_large_list(found):
+        yield from _leaves(f"{place}[...]", found.value_type)
+    elif not pa.types.is_null(found):
+        yield place, found
 
 
 def _read(path: Path) -> pa.Table:
@@ -86,6 +145,14 @@ def _require_column(table: pa.Table, name: str, path: Path) -> None:
         raise ValueError(
             f"{path} has no column {name!r}; found: {found}. Expected: {name}: {SCHEMA.field(name).type}. "
             "verl reads this column; write the file in the schema of data_prep/schema.py."
+        )
+
+
+def _refuse_taken(table: pa.Table, path: Path) -> None:
+    if taken := sorted(TAKEN & set(table.column_names)):
+        raise ValueError(
+            f"{path} has a column {', '.join(map(repr, taken))}: verl hands every column to its agent loop by name, "
+            "and uses this name itself. Rename the column, or drop it."
         )
 
 

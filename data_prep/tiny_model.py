@@ -1,4 +1,4 @@
-"""A small Qwen2 model supervised on palindromes: a starting policy that a CPU makes in under a minute.
+"""A small Qwen2 model supervised on palindromes: a starting policy that a CPU makes in about a minute.
 
 It reads scrambled letters and writes a palindrome of them. A share of its demonstrations is flawed: the letters in a
 random order. So the finished model knows how, and yet is right in less than half of its sampled answers: RL has
@@ -13,6 +13,9 @@ too. A message is rendered `<|user|>letters<|im_end|>`, the answer follows `<|as
 is exactly the tokenizer's: verl masks ids beyond it in vLLM but not in the trainer, and the two would disagree from
 the first step.
 
+It can be given skills beside palindromes (skills.py), which a run then does not train and may lose: demonstrations of
+each join every batch. Without them the weights are what they were before there were skills, to the last bit.
+
 The letters are drawn as reasoning-gym draws them, for all lengths asked for; the test items of palindrome.py are
 not kept out of this supervision, since a study compares policies that all start from it.
 
@@ -22,7 +25,8 @@ not kept out of this supervision, since a study compares policies that all start
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -35,7 +39,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils import logging
 
-from data_prep.cache import Progress, cached_folder, option, print_progress, run_builder
+from data_prep import skills
+from data_prep.cache import Progress, cached_folder, option, planned_folder, print_progress, run_builder
 from klreg_verl.experiment.strict import FieldError
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -55,7 +60,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModelOptions:
-    """What decides the weights. The defaults give 0.4 to 0.45 right answers when sampled at temperature 1."""
+    """What decides the weights. The defaults give 0.35 to 0.45 right answers when sampled at temperature 1."""
 
     min_length: int = option(6, "smallest number of letters")
     max_length: int = option(8, "largest number of letters")
@@ -66,13 +71,16 @@ class TinyModelOptions:
     steps: int = option(280, "optimizer steps")
     batch_size: int = option(96, "examples in a step")
     learning_rate: float = option(2e-3, "peak of the learning rate of AdamW")
+    skills: tuple[str, ...] = option((), f"skills learned beside palindromes: {', '.join(skills.SKILLS)}")
+    skill_rows: int = option(24, "demonstrations of each skill in a step, beside batch_size palindromes")
     seed: int = option(1, "seed of weights and examples")
     measured_prompts: int = option(256, "new prompts on which the finished model is measured, 8 samples each")
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("seed", "flawed") and value <= 0:
+            if name not in ("seed", "flawed", "skills") and value <= 0:
                 raise FieldError(name, f"{value} must be greater than 0.")
+        skills.check_skills("skills", self.skills)
         if not 0 <= self.flawed < 1:
             raise FieldError("flawed", f"{self.flawed} is no share of the demonstrations. Give 0 or more, below 1.")
         if self.max_length < self.min_length:
@@ -96,6 +104,16 @@ class Layout:
     after: int
     pad: int
     letters: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkillMeasurement:
+    """How a model answers items of a skill that no demonstration had."""
+
+    sampled: float
+    """Share of right answers, sampled at temperature 1."""
+    greedy: float
+    """Share of right answers, most likely token each time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,24 +173,36 @@ def build(options: TinyModelOptions, folder: Path, progress: Progress = print_pr
     with _deterministic(options):
         model = build_model(options, tokenizer)
         cpu_start = time.process_time()
-        train(model, layout, options, progress)
+        train(model, layout, options, progress, tokenizer)
         cpu_seconds = time.process_time() - cpu_start
         measured = measure(model, layout, options)
+        skilled = {name: measure_skill(model, name, layout, options, tokenizer) for name in options.skills}
     with _without_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    (folder / "card.json").write_text(json.dumps(_card(model, measured, options), indent=2) + "\n")
+    (folder / "card.json").write_text(json.dumps(_card(model, measured, skilled, options), indent=2) + "\n")
     progress(
         options.steps,
         options.steps,
         f"right answers: {measured.sampled:.2f} sampled, {measured.greedy:.2f} greedy; "
-        f"{measured.distinct:.1f} different ones in 8 samples; {cpu_seconds:.0f} CPU seconds",
+        f"{measured.distinct:.1f} different ones in 8 samples; "
+        + "".join(
+            f"{name}: {found.sampled:.2f} sampled, {found.greedy:.2f} greedy; " for name, found in skilled.items()
+        )
+        + f"{cpu_seconds:.0f} CPU seconds",
     )
+
+
+def planned(options: TinyModelOptions, data_root: Path) -> Path:
+    """The folder of these options; nothing is trained. The skills' source counts only where there are some."""
+    here = Path(__file__)
+    sources = (here, Path(skills.__file__)) if options.skills else (here,)
+    return planned_folder("tiny-model", options, sources, data_root)
 
 
 def cache(options: TinyModelOptions, data_root: Path, progress: Progress = print_progress) -> Path:
     """The model folder of these options under `data_root`, trained if it is not there."""
-    return cached_folder("tiny-model", options, Path(__file__), data_root, lambda out: build(options, out, progress))
+    return cached_folder(planned(options, data_root), lambda out: build(options, out, progress))
 
 
 def read_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
@@ -233,14 +263,55 @@ def render_answers(letters: np.ndarray, layout: Layout) -> np.ndarray:
     return np.concatenate([np.asarray(layout.letters)[letters], np.full((len(letters), 1), layout.after)], axis=1)
 
 
-def train(model: Qwen2ForCausalLM, layout: Layout, options: TinyModelOptions, progress: Progress) -> None:
+def draw_skills(
+    layout: Layout, options: TinyModelOptions, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[Tensor, Tensor]]:
+    """Input ids and labels of each step's skill demonstrations, (steps, rows, T) both; one pair per skill."""
+    size = options.steps * options.skill_rows
+    drawn = (skills.demonstrations(skills.SKILLS[name], size, options.seed) for name in options.skills)
+    rendered = (render_items(items, layout, tokenizer) for items in drawn)
+    shape = (options.steps, options.skill_rows, -1)
+    return [(ids.reshape(shape), labels.reshape(shape)) for ids, labels in rendered]
+
+
+def render_items(
+    items: Sequence[skills.Item], layout: Layout, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tensor, Tensor]:
+    """Input ids and labels, both (num, T), padded on the right; the answer and its end are supervised."""
+    rows = []
+    for item in items:
+        prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in (item.prompt, item.answer))
+        question = [*layout.before, *prompt, *layout.between]
+        rows.append((question + answer + [layout.after], [IGNORED] * len(question) + answer + [layout.after]))
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [layout.pad] * (width - len(ids)) for ids, _ in rows])
+    return ids, torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
+
+
+def joined(parts: Sequence[tuple[Tensor, Tensor]], pad: int) -> tuple[Tensor, Tensor]:
+    """Batches of ids and labels below each other, padded on the right to one width, (B, T) both."""
+    width = max(ids.shape[1] for ids, _ in parts)
+    fill = torch.nn.functional.pad
+    ids = torch.cat([fill(ids, (0, width - ids.shape[1]), value=pad) for ids, _ in parts])
+    return ids, torch.cat([fill(labels, (0, width - labels.shape[1]), value=IGNORED) for _, labels in parts])
+
+
+def train(
+    model: Qwen2ForCausalLM,
+    layout: Layout,
+    options: TinyModelOptions,
+    progress: Progress,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     """Cross-entropy of the answers [nats per token], AdamW, gradient norm at most 1."""
     rng = np.random.default_rng(options.seed)
+    beside = draw_skills(layout, options, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, options.steps))
     model.train()
     for step in range(1, options.steps + 1):
-        loss = answer_loss(model, *draw_batch(rng, layout, options))
+        demonstrations = [(ids[step - 1], labels[step - 1]) for ids, labels in beside]
+        loss = answer_loss(model, *joined([draw_batch(rng, layout, options), *demonstrations], layout.pad))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -284,15 +355,43 @@ def measure(model: Qwen2ForCausalLM, layout: Layout, options: TinyModelOptions, 
     )
 
 
-@torch.no_grad()
+def measure_skill(
+    model: Qwen2ForCausalLM, name: str, layout: Layout, options: TinyModelOptions, tokenizer: PreTrainedTokenizerBase
+) -> SkillMeasurement:
+    """Answers test items of a skill, once sampled and once greedily."""
+    skill = skills.SKILLS[name]
+    groups = defaultdict(list)
+    for item in skills.held_out(skill, options.measured_prompts, options.seed):
+        groups[len(item.prompt)].append(item)
+    right = {False: 0, True: 0}
+    for items in groups.values():
+        encoded = [tokenizer.encode(item.prompt, add_special_tokens=False) for item in items]
+        ids = torch.tensor([[*layout.before, *prompt, *layout.between] for prompt in encoded])
+        for greedy in right:
+            answers = continued(model, ids, skill.answer_length + 1, greedy=greedy)
+            texts = [tokenizer.decode(answer).partition(EOS)[0] for answer in answers]
+            right[greedy] += sum(text == item.answer for text, item in zip(texts, items, strict=True))
+    return SkillMeasurement(
+        sampled=right[False] / options.measured_prompts, greedy=right[True] / options.measured_prompts
+    )
+
+
 def generate(model: Qwen2ForCausalLM, letters: np.ndarray, layout: Layout, *, greedy: bool) -> np.ndarray:
     """Answers of length + 1 tokens, most likely or sampled at temperature 1, (num, length) -> (num, length + 1)."""
     ids = torch.from_numpy(render_prompts(letters, layout))
-    for _ in range(letters.shape[1] + 1):
-        logits = model(input_ids=ids, logits_to_keep=1).logits[:, -1]
-        token = logits.argmax(-1, keepdim=True) if greedy else torch.multinomial(logits.softmax(-1), 1)
-        ids = torch.cat([ids, token], dim=1)
-    return ids[:, -letters.shape[1] - 1 :].numpy()
+    return continued(model, ids, letters.shape[1] + 1, greedy=greedy).numpy()
+
+
+@torch.no_grad()
+def continued(model: Qwen2ForCausalLM, ids: Tensor, num_tokens: int, *, greedy: bool) -> Tensor:
+    """The next tokens, most likely or sampled at temperature 1, (num, T) -> (num, num_tokens)."""
+    step, past, found = ids, None, []
+    for _ in range(num_tokens):
+        output = model(input_ids=step, past_key_values=past, use_cache=True, logits_to_keep=1)
+        logits, past = output.logits[:, -1], output.past_key_values
+        step = logits.argmax(-1, keepdim=True) if greedy else torch.multinomial(logits.softmax(-1), 1)
+        found.append(step)
+    return torch.cat(found, dim=1)
 
 
 def is_right(answers: np.ndarray, letters: np.ndarray, layout: Layout) -> np.ndarray:
@@ -337,12 +436,18 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _card(model: Qwen2ForCausalLM, measured: Measurement, options: TinyModelOptions) -> dict[str, Any]:
+def _card(
+    model: Qwen2ForCausalLM,
+    measured: Measurement,
+    skilled: dict[str, SkillMeasurement],
+    options: TinyModelOptions,
+) -> dict[str, Any]:
     return {
         "what": "tiny Qwen2 supervised on reasoning-gym's palindromes, prompt: the bare letters",
         "parameters": model.num_parameters(),
         "options": asdict(options),
         "measured": asdict(measured),
+        "skills": {name: asdict(found) for name, found in skilled.items()},
         "made_with": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
         "licence": "Apache-2.0",
     }

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from klreg_verl.evaluation.command import eval_command, export_command
 from klreg_verl.experiment.own_code import own_modules
+from klreg_verl.experiment.selection import selected
 from klreg_verl.replay.command import kl_command, replay_command
+from launch import command as launch_command
 
 if TYPE_CHECKING:
     from klreg_verl.experiment.plan import RunSpec
@@ -64,6 +67,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show every setting, start nothing.")
     ] = False,
+    ray_address: Annotated[str | None, typer.Option(help="Use this Ray, as HOST:PORT, instead of our own.")] = None,
     runs_dir: RunsDir = None,
 ) -> None:
     """Run what is unfinished of a recipe on this machine, then write its report."""
@@ -71,7 +75,7 @@ def run(
     from launch import preflight
 
     with told():
-        read, specs = _selected(recipe, overrides, arm, task, seed)
+        read, specs = selected(recipe, overrides, arm, task, seed)
         root = runs_root(runs_dir)
         platform = preflight.detect_platform()
         typer.echo(f"platform: {platform}")
@@ -79,7 +83,7 @@ def run(
         if dry_run:
             _show_dry_run(findings, specs, root, platform)
             return
-        outcomes = _run(specs, root, platform)
+        outcomes = _run(specs, root, platform, ray_address)
     failed = [outcome for outcome in outcomes if outcome.status != "done"]
     try:
         with told():
@@ -97,44 +101,58 @@ def plan(
     show: Annotated[str | None, typer.Option(help="Print verl's settings of this arm.")] = None,
     as_verl: Annotated[str | None, typer.Option(help="Print a stock verl command for this arm.")] = None,
     as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="For spreadsheets.")] = False,
     runs_dir: RunsDir = None,
 ) -> None:
-    """The runs of a recipe and how they stand. Writes and starts nothing."""
+    """The runs of a recipe, how they stand, and what they will cost. Writes and starts nothing."""
     from klreg_verl.experiment.store import runs_root
 
     with told():
-        read, specs = _selected(recipe, overrides, show or as_verl, None, None)
+        read, specs = selected(recipe, overrides, show or as_verl, None, None)
         root = runs_root(runs_dir)
         if as_verl:
             typer.echo(_stock_command(specs[0], root))
         elif show:
             typer.echo(json.dumps(_settings(specs[0], root, _platform()), indent=2))
         elif as_json:
-            typer.echo(json.dumps([_planned(spec, root) for spec in specs], indent=2))
+            typer.echo(json.dumps(_planned(specs, root)[0], indent=2))
+        elif as_csv:
+            typer.echo(_csv(_planned(specs, root)[0]), nl=False)
         else:
-            typer.echo(read.describe())
-            for spec in specs:
-                row = _planned(spec, root)
-                typer.echo(f"  {row['status']:<12} {row['run_id']:<40} {row['step']}/{spec.train.steps}  {row['hash']}")
+            rows, cost = _planned(specs, root)
+            typer.echo("\n".join([read.describe(), *_power_of(read, root), cost]))
+            for row in rows:
+                typer.echo(f"  {row['status']:<12} {row['run_id']:<40} {row['step']}/{row['steps']}  {row['hash']}")
 
 
 @app.command()
-def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, runs_dir: RunsDir = None) -> None:
-    """How each run of a recipe stands: state, step, attempt, last accuracy and KL, reason of the last end."""
-    from klreg_verl.experiment.store import runs_root
+def power(
+    runs: Annotated[
+        Path | None, typer.Option("--from", help="Take the spread between seeds from these runs: runs/<recipe>.")
+    ] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="With --from: only this metric; again for more.")] = None,
+    difference: Annotated[float | None, typer.Option(help="The difference to see, in the metric's unit.")] = None,
+    margin: Annotated[float | None, typer.Option(help="The margin of equivalence, in the metric's unit.")] = None,
+    sd: Annotated[float | None, typer.Option(help="Spread of the paired difference between seeds.")] = None,
+    claims: Annotated[int, typer.Option(help="Claims that Holm corrects for.")] = 1,
+    level: Annotated[float, typer.Option(help="Error rate of the whole list.")] = 0.05,
+    power: Annotated[float, typer.Option(help="Probability of seeing what is there.")] = 0.8,
+    as_json: AsJson = False,
+) -> None:
+    """The seeds that a difference or an equivalence needs, or what a number of seeds can show."""
+    from klreg_verl.analysis import power as powers
+    from klreg_verl.analysis import runs as stored
 
     with told():
-        _, specs = _selected(recipe, overrides, None, None, None)
-        rows = [_planned(spec, runs_root(runs_dir)) for spec in specs]
-        if as_json:
-            typer.echo(json.dumps(rows, indent=2))
-            return
-        for row in rows:
-            numbers = "  ".join(f"{name} {row[name]:.3f}" for name in ("accuracy", "kl") if row[name] is not None)
-            typer.echo(
-                f"{row['status']:<12} {row['run_id']:<40} step {row['step']}/{row['steps']}  "
-                f"attempt {row['attempt']}  {numbers}  {row['reason']}"
-            )
+        question = powers.Question(difference=difference, margin=margin, claims=claims, level=level, power=power)
+        powers.check_options(runs, metric, sd, question)
+        if runs is None:
+            rows: Any = powers.seeds_table(question, sd or 1.0)
+            lines = powers.lines(question, sd)
+        else:
+            found = powers.spreads(stored.load(runs), metric)
+            rows, lines = [powers.spread_row(each, question) for each in found], powers.spread_lines(found, question)
+        typer.echo(json.dumps(powers.finite(rows), indent=2) if as_json else "\n".join(lines))
 
 
 @app.command()
@@ -170,6 +188,15 @@ def doctor(
 
 app.command("kl")(told()(own_modules()(kl_command)))
 app.command("replay")(told()(own_modules()(replay_command)))
+app.command("status")(told()(launch_command.status_command))
+app.command("submit")(told()(launch_command.submit_command))
+app.command("retry")(told()(launch_command.retry_command))
+app.command("cancel")(told()(launch_command.cancel_command))
+app.command("logs")(told()(launch_command.logs_command))
+app.command("gc")(told()(launch_command.gc_command))
+app.command("smoke")(told()(launch_command.smoke_command))
+app.command("export")(told()(export_command))
+app.command("eval")(told()(eval_command))
 
 
 @data_app.command(
@@ -192,13 +219,39 @@ def data_tiny_model(context: typer.Context) -> None:
     _delegate(tiny_model.main, "klreg data tiny-model", context.args)
 
 
+@data_app.command(
+    "deepscaler", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def data_deepscaler(context: typer.Context) -> None:
+    """Build DeepScaleR's parquet files, from the Hub or from local files."""
+    from data_prep import deepscaler
+
+    _delegate(deepscaler.main, "klreg data deepscaler", context.args)
+
+
+@data_app.command(
+    "skill", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def data_skill(context: typer.Context) -> None:
+    """Build the test items of a skill that a run may lose (retention)."""
+    from data_prep import skills
+
+    _delegate(skills.main, "klreg data skill", context.args)
+
+
 @data_app.command("check")
-def data_check(file: Annotated[Path, typer.Argument(help="A parquet file in verl's schema.")]) -> None:
-    """Check a user's own parquet file."""
-    from data_prep.schema import check_file
+def data_check(
+    files: Annotated[list[Path], typer.Argument(help="Parquet files in verl's schema.")],
+    reward: Annotated[str | None, typer.Option(help="Try this reward function too: pkg.module:function.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Model folder or Hugging Face id: count tokens.")] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(help="Longest prompt allowed, with --tokenizer.")] = 1024,
+) -> None:
+    """Check your own parquet files, and that your reward function can grade them."""
+    from data_prep.check import describe
 
     with told():
-        typer.echo(f"{file}: {check_file(file).num_rows} rows in verl's schema")
+        for line in describe(files, reward, tokenizer, max_prompt_tokens):
+            typer.echo(line)
 
 
 def _delegate(main: Callable[[], None], name: str, arguments: list[str]) -> None:
@@ -210,33 +263,15 @@ def _delegate(main: Callable[[], None], name: str, arguments: list[str]) -> None
         main()
 
 
-def _selected(
-    path: Path, overrides: list[str] | None, arm: str | None, task: str | None, seed: int | None
-) -> tuple[Recipe, list[RunSpec]]:
-    """The recipe, checked by the doctor too, and those of its runs that were asked for."""
-    from klreg_verl.experiment import plan as plans
-    from klreg_verl.experiment import recipe as recipes
-
-    read = recipes.load(path, overrides or ())
-    recipes.check_claims(read)
-    specs = plans.expand(read)
-    for name, wanted in (("arm", arm), ("task_name", task), ("seed", seed)):
-        known = list(dict.fromkeys(str(getattr(spec, name)) for spec in specs))
-        if wanted is not None and str(wanted) not in known:
-            raise ValueError(f"{path}: there is no {name.removesuffix('_name')} {wanted!r}. Known: {', '.join(known)}.")
-        specs = [spec for spec in specs if wanted is None or getattr(spec, name) == wanted]
-    return read, specs
-
-
-def _run(specs: list[RunSpec], root: Path, platform: str) -> list[Any]:
+def _run(specs: list[RunSpec], root: Path, platform: str, ray_address: str | None) -> list[Any]:
     from launch import local
     from launch.display import LiveDisplay, PlainDisplay, is_terminal
 
     try:
         if not is_terminal():
-            return local.run(specs, root, platform, PlainDisplay(len(specs)))
+            return local.run(specs, root, platform, PlainDisplay(len(specs)), ray_address)
         with LiveDisplay(specs) as display:
-            return local.run(specs, root, platform, display)
+            return local.run(specs, root, platform, display, ray_address)
     except local.Interrupted as signal_name:
         typer.echo(f"Stopped by {signal_name}. The same command resumes from the last checkpoint.")
         raise typer.Exit(1) from None
@@ -253,7 +288,7 @@ def _show_failure(outcome: Any, root: Path) -> None:
 
 
 def _write_report(read: Recipe, root: Path) -> None:
-    _write_report_of(root / read.name, {"question": read.question, "arms": list(read.arms)})
+    _write_report_of(root / read.name, {"question": read.question, "arms": list(read.arms), "claims": read.claims})
 
 
 def _write_report_of(folder: Path, recipe_text: dict[str, Any]) -> None:
@@ -308,7 +343,11 @@ def _name_missing(spec: RunSpec, root: Path) -> None:
     from launch.inputs import planned_files
 
     files = planned_files(spec, root)
-    missing = [str(path) for path in (files.train, files.val, files.model) if path.is_absolute() and not path.exists()]
+    missing = [
+        str(path)
+        for path in (files.train, files.val, *files.retention, files.model)
+        if path.is_absolute() and not path.exists()
+    ]
     if missing:
         typer.secho(
             f"Not there yet: {', '.join(missing)}. `klreg run` builds them; a step is enough (train.steps=1).",
@@ -317,40 +356,51 @@ def _name_missing(spec: RunSpec, root: Path) -> None:
         )
 
 
+def _power_of(read: Recipe, root: Path) -> list[str]:
+    """What the recipe's seeds can show, with the spread between those that are done, if any are."""
+    from klreg_verl.analysis import power as powers
+    from klreg_verl.analysis import runs as stored
+
+    folder = root / read.name
+    done = stored.load(folder) if read.claims and folder.is_dir() else []
+    return powers.plan_lines(len(read.seeds), read.claims, done)
+
+
 def _platform() -> str:
     from launch.preflight import detect_platform
 
     return detect_platform()
 
 
-def _planned(spec: RunSpec, root: Path) -> dict[str, Any]:
-    """One run and how it stands."""
-    from klreg_verl.experiment.store import RunFolder
+def _planned(specs: list[RunSpec], root: Path) -> tuple[list[dict[str, Any]], str]:
+    """Each run: how it stands and what it will cost; and the cost of all in one line."""
+    from dataclasses import asdict
 
-    folder = RunFolder(root / spec.recipe / spec.run_id)
-    state = folder.state()
-    last = (folder.read_metrics() or [{}])[-1]
-    present = folder.spec()
-    is_other = present is not None and present.hash != spec.hash
-    status = "pending" if state.status == "done" and not folder.is_done(spec) else state.status
-    return {
-        "run_id": spec.run_id,
-        "hash": spec.hash[:12],
-        "status": "conflict" if is_other else status,
-        "step": last.get("step", 0),
-        "steps": spec.train.steps,
-        "attempt": state.attempt,
-        "accuracy": last.get("train/accuracy"),
-        "kl": last.get("kl_ref/k1_response"),
-        "reason": "the folder holds another run, `klreg run` says which" if is_other else state.reason,
-    }
+    from klreg_verl.experiment import estimate
+    from launch.inputs import planned_files
+    from launch.status import row
+
+    found = estimate.estimate(specs, root, lambda spec: planned_files(spec, root).model)
+    rows = [row(spec, root) | asdict(found[spec.run_id]) for spec in specs]
+    return rows, estimate.in_words(list(found.values()))
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _explain(arm: str, as_json: bool) -> None:
     from klreg_verl import doctor
 
     path, _, name = arm.partition("#")
-    _, specs = _selected(Path(path), None, name or None, None, None)
+    _, specs = selected(Path(path), None, name or None, None, None)
     kl, train = specs[0].kl, specs[0].train
     if as_json:
         typer.echo(json.dumps([doctor.row(doctor.judge_setting(kl, train.policy_aggregation))], indent=2))

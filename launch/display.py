@@ -103,7 +103,7 @@ class Pace:
     def left(self, spec: RunSpec) -> float:
         """Seconds to the end of the study, if all runs are as long as this one."""
         step = self.step_seconds or 0.0
-        later = (self.runs_left - 1) * (self.startup_seconds + step * spec.train.steps)
+        later = max(0, self.runs_left - 1) * (self.startup_seconds + step * spec.train.steps)
         return step * (spec.train.steps - self.done) + later
 
 

@@ -5,7 +5,9 @@ child instead of init's; when its standard input closes, for whatever reason, it
 their shared memory and its folder, and exits. It is two processes, a keeper and its child that does the work, and each
 cleans up when the other is gone. So nothing outlives a study, not even after kill -9 of `klreg run` or of either.
 
-Messages are one JSON object a line. In: {"run": argv, "environment": {...}, "log": path}.
+On a node that joins another node's Ray the same two processes hold `ray start` (node.py).
+
+Messages are one JSON object a line. In: {"run": argv, "environment": {...}, "log": path}, and {"end": reason}.
 Out: {"ready": address} or {"failed": reason}, then {"exit": code, "lost": reason or null} after each run.
 """
 
@@ -22,11 +24,13 @@ import secrets
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,6 +46,28 @@ ENGINE_SECONDS = 20.0
 LOOK_SECONDS = 2.0
 RAY_SLOTS = 16
 """Ray's CPUs are slots here: each TransferQueue actor takes one, and with too few a run waits for ever."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where one node's part of Ray listens, and what it may use."""
+
+    gpus: int | None = None
+    """Logical on a CPU; None: Ray counts them."""
+    object_store_bytes: int | None = None
+    """None: Ray's choice."""
+    slots: int = RAY_SLOTS
+    """Ray's CPUs."""
+    ip: str = "127.0.0.1"
+    """This node's address, as the other nodes reach it. Ray turns the loopback address into the machine's own."""
+    head: str | None = None
+    """Address of the Ray to join; None: this node is the head."""
+    ports: tuple[int, int] | None = None
+    """First and last port for Ray; None: any that is free."""
+    scratch: str = "/tmp"
+    """Node-local and short: sockets may have 107 characters."""
+    token: str | None = None
+    """File with the token that all nodes share; None: one of this session's own."""
 
 
 def become_subreaper() -> None:
@@ -122,6 +148,15 @@ LOST_ENGINE = (
 )
 
 
+LOST_RAY = "Ray's {name} was killed, so the run was stopped"
+
+
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name()
+    return ""
+
+
 def _is_engine(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return " ".join(process.cmdline()).startswith("VLLM::EngineCore")
@@ -136,29 +171,30 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 class Guardian:
-    """One Ray head, and one run at a time on it."""
+    """One node's Ray, and on the head one run at a time on it."""
 
-    def __init__(self, gpus: int | None, object_store_bytes: int | None) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="klreg-", dir="/tmp"))  # short: sockets may have 107 characters
-        self.environment = os.environ | session_environment(self.folder)
-        self.gpus, self.object_store_bytes = gpus, object_store_bytes
+    def __init__(self, gpus: int | None, object_store_bytes: int | None, place: Place | None = None) -> None:
+        self.place = place or Place(gpus=gpus, object_store_bytes=object_store_bytes)
+        self.folder = Path(tempfile.mkdtemp(prefix="klreg-", dir=self.place.scratch))
+        self.environment = os.environ | session_environment(self.folder, self.place.token)
         self.driver: subprocess.Popen[bytes] | None = None
         self.engines = EngineWatch()
         self.lost: str | None = None
         self.lasting: set[psutil.Process] = set()
+        self.rays: dict[psutil.Process, str] = {}
         self.keeper = os.getpid()
         self.segments = self.folder / "segments"
         self.listed: set[str] = set()
 
     def start_ray(self) -> str:
-        """Start the head; returns its address.
+        """Start the head, or join it; returns the head's address.
 
         Raises:
             RuntimeError: with Ray's own last lines.
         """
         log = self.folder / "ray_start.log"
         with open(log, "wb") as out:
-            command = ray_command(self.folder / "ray", self.gpus, self.object_store_bytes)
+            command = ray_command(self.folder / "ray", self.place)
             code = subprocess.run(
                 command, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=START_SECONDS
             ).returncode
@@ -167,6 +203,14 @@ class Guardian:
             raise RuntimeError("Ray did not start:\n" + "\n".join(log.read_text().splitlines()[-15:]))
         self.lasting = set(psutil.Process().children())
         return address.read_text().strip()
+
+    def lost_ray(self) -> str | None:
+        """Which of Ray's own processes is gone: verl would ask it for minutes before it gave up."""
+        gone = [process for process in self.lasting if not _is_alive(process)]
+        self.rays |= {process: _name(process) for process in self.lasting if process not in gone}
+        names = [self.rays.get(process, "") for process in gone]
+        vital = next((name for name in names if name in ("gcs_server", "raylet")), None)
+        return LOST_RAY.format(name=vital) if vital else None
 
     def start_run(self, argv: list[str], environment: dict[str, str], log: str) -> None:
         """Start a run's driver; its output goes to `log`."""
@@ -186,11 +230,15 @@ class Guardian:
         return code
 
     def stop_run_without_engine(self) -> None:
-        """End the driver when vLLM's engine was lost; `lost` says so."""
-        if self.driver and not self.lost:
-            self.lost = self.engines.lost()
-            if self.lost:
-                self.driver.kill()  # inside ray.get it would not hear anything gentler; `sweep` ends what is below it
+        """End the driver when vLLM's engine, or Ray, was lost; `lost` says so."""
+        if self.driver and not self.lost and (reason := self.engines.lost() or self.lost_ray()):
+            self.end_run(reason)
+
+    def end_run(self, reason: str) -> None:
+        """Kill the driver: inside ray.get it would not hear anything gentler; `sweep` ends what is below it."""
+        if self.driver:
+            self.lost = reason
+            self.driver.kill()
 
     def note_segments(self) -> None:
         """Write down which shared memory is ours: vLLM's engine leaves its own behind when its actor is killed."""
@@ -245,16 +293,13 @@ def _actors(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
-def session_environment(folder: Path) -> dict[str, str]:
+def session_environment(folder: Path, token: str | None = None) -> dict[str, str]:
     """Variables that keep this session's Ray and sockets apart from everybody else's on the machine."""
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
     return {
         **temporary_files(folder),
         "KLREG_SESSION_DIR": str(folder),
         "RAY_AUTH_MODE": "token",  # with ~/.ray/auth_token present, Ray >= 2.59 mixes modes and never forms a cluster
-        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_AUTH_TOKEN_PATH": token or str(new_token(folder)),
         "RAY_TMPDIR": str(folder / "ray"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -262,6 +307,14 @@ def session_environment(folder: Path) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def new_token(folder: Path) -> Path:
+    """A file that lets its readers, who are only this user's processes, into a Ray."""
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return token
 
 
 def temporary_files(folder: Path) -> dict[str, str]:
@@ -272,15 +325,46 @@ def temporary_files(folder: Path) -> dict[str, str]:
     return ours | kept
 
 
-def ray_command(folder: Path, gpus: int | None, object_store_bytes: int | None) -> list[str]:
-    """`ray start` on free ports. Ray turns the loopback address into the machine's own; the token keeps others out."""
+def ray_command(folder: Path, place: Place) -> list[str]:
+    """`ray start` on free ports, as the head or to join it; the token keeps others out."""
     ray = Path(sys.executable).with_name("ray")
-    command = [str(ray), "start", "--head", "--port=0", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
-    command += ["--include-dashboard=false", "--disable-usage-stats", f"--num-cpus={RAY_SLOTS}"]
-    command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
-    command += [f"--num-gpus={gpus}"] if gpus is not None else []
-    command += [f"--object-store-memory={object_store_bytes}"] if object_store_bytes is not None else []
+    command = [str(ray), "start", f"--node-ip-address={place.ip}", f"--temp-dir={folder}", "--disable-usage-stats"]
+    command += [f"--num-cpus={place.slots}", *_ports(place)]
+    if place.head is None:
+        command += ["--head", "--include-dashboard=false"]
+    else:
+        command += [f"--address={place.head}"]
+    command += [f"--num-gpus={place.gpus}"] if place.gpus is not None else []
+    command += [f"--object-store-memory={place.object_store_bytes}"] if place.object_store_bytes is not None else []
     return command
+
+
+def _ports(place: Place) -> list[str]:
+    """Any free ports, or of the range those that are free now and the rest for Ray's workers."""
+    if place.ports is None:
+        wanted = {"min-worker-port": 0, "max-worker-port": 0, "dashboard-agent-listen-port": 0}
+        return [f"--{name}={port}" for name, port in (({"port": 0} if place.head is None else {}) | wanted).items()]
+    names = [*(["port"] if place.head is None else []), *_FIXED_PORTS]
+    first, last = place.ports
+    free = [port for port in range(first, last + 1) if is_free(port)]
+    if len(free) < len(names) + place.slots:
+        raise RuntimeError(f"Only {len(free)} of the ports {first}-{last} are free; Ray needs {len(names)} and more.")
+    fixed = [f"--{name}={port}" for name, port in zip(names, free, strict=False)]
+    return [*fixed, f"--worker-port-list={','.join(map(str, free[len(names) :]))}"]
+
+
+_FIXED_PORTS = (
+    *("node-manager-port", "object-manager-port", "runtime-env-agent-port"),
+    *("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port"),
+)
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody on this machine listens there."""
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind(("", port))
+        return True
+    return False
 
 
 def say(**message: Any) -> None:
@@ -309,7 +393,10 @@ def serve(guardian: Guardian) -> None:
 
 def obey(guardian: Guardian, message: dict[str, Any]) -> None:
     """One message from `klreg run`."""
-    guardian.start_run(message["run"], message["environment"], message["log"])
+    if "end" in message:
+        guardian.end_run(message["end"])
+    else:
+        guardian.start_run(message["run"], message["environment"], message["log"])
 
 
 def hold(guardian: Guardian, work: Callable[[Guardian], None]) -> None:
@@ -344,10 +431,10 @@ def _serve_ray(guardian: Guardian) -> None:
 def main() -> None:
     """Entry point of the guardian process."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gpus", type=int)
-    parser.add_argument("--object-store-bytes", type=int)
-    arguments = parser.parse_args()
-    hold(Guardian(arguments.gpus, arguments.object_store_bytes), _serve_ray)
+    parser.add_argument("place", type=json.loads, help="the fields of Place, as JSON")
+    place = parser.parse_args().place
+    ports = place.get("ports")
+    hold(Guardian(None, None, Place(**place | {"ports": ports and tuple(ports)})), _serve_ray)
 
 
 if __name__ == "__main__":

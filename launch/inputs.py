@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.cache import content_hash, options_from
+from data_prep.cache import options_from
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.recipe import KLBlock, ModelSpec, TaskSpec
-from klreg_verl.experiment.store import RunFolder
+from klreg_verl.experiment.recipe import KLBlock, ModelSpec
+from klreg_verl.experiment.store import RunFolder, cache_root
 from klreg_verl.verl_hooks.overrides import Files
+from launch import retained
 
 Note = Callable[[str], None]
-
-
-def cache_root(runs_dir: Path) -> Path:
-    """Where built data and models live: KLREG_CACHE, or .cache beside the runs."""
-    return Path(os.environ.get("KLREG_CACHE") or runs_dir / ".cache").expanduser().resolve()
 
 
 def run_folder(spec: RunSpec, runs_dir: Path) -> RunFolder:
@@ -37,9 +32,11 @@ def prepare(spec: RunSpec, runs_dir: Path, note: Note) -> Files:
         runs_dir: where run folders and the cache live.
         note: told what is built and how far it is.
     """
-    train, val = task_files(spec.task, cache_root(runs_dir), note)
-    model = model_folder(spec.model, cache_root(runs_dir), note)
-    return Files(train=train, val=val, model=model, checkpoints=_checkpoints(spec, runs_dir))
+    cache = cache_root(runs_dir)
+    train, val = task_files(spec, cache, note)
+    model = model_folder(spec.model, cache, note)
+    skills = retained.build(spec, val, model, cache, note)
+    return Files(train=train, val=val, retention=skills, model=model, checkpoints=_checkpoints(spec, runs_dir))
 
 
 def planned_files(spec: RunSpec, runs_dir: Path) -> Files:
@@ -47,22 +44,22 @@ def planned_files(spec: RunSpec, runs_dir: Path) -> Files:
     cache = cache_root(runs_dir)
     train, val = Path(spec.task.train or ""), Path(spec.task.val or "")
     if spec.task.builtin is not None:
-        data = _cache_folder(cache, "palindrome", "palindrome", "PalindromeOptions", spec.task.options)
+        data = importlib.import_module(f"data_prep.{spec.task.builtin}").planned(task_options(spec), cache)
         train, val = data / "train.parquet", data / "test.parquet"
     model = Path(spec.model.path)
     if spec.model.path == "tiny":
-        model = _cache_folder(cache, "tiny-model", "tiny_model", "TinyModelOptions", spec.model.options)
-    return Files(train=train, val=val, model=model, checkpoints=_checkpoints(spec, runs_dir))
+        model = _planned_tiny_model(spec.model, cache)
+    skills = retained.planned(spec, val, cache)
+    return Files(train=train, val=val, retention=skills, model=model, checkpoints=_checkpoints(spec, runs_dir))
 
 
-def _cache_folder(cache: Path, name: str, module: str, options: str, values: Mapping[str, Any]) -> Path:
-    """The builder's cache folder; its name alone where the builder's packages are not installed."""
+def _planned_tiny_model(model: ModelSpec, cache: Path) -> Path:
+    """The tiny model's cache folder; its name alone where the packages that make it are not installed."""
     try:
-        builder = importlib.import_module(f"data_prep.{module}")
+        from data_prep import tiny_model
     except ImportError:
-        return cache / name
-    typed = options_from(getattr(builder, options), values, "options")
-    return cache / f"{name}-{content_hash(typed, Path(builder.__file__ or ''))}"
+        return cache / "tiny-model"
+    return tiny_model.planned(options_from(tiny_model.TinyModelOptions, model.options, "options"), cache)
 
 
 def _checkpoints(spec: RunSpec, runs_dir: Path) -> Path:
@@ -82,23 +79,37 @@ def _written(section: Any) -> dict[str, Any]:
     return {name: _written(value) if is_dataclass(value) else value for name, value in changed.items()}
 
 
-def task_files(task: TaskSpec, cache: Path, note: Note) -> tuple[Path, Path]:
-    """Training and validation parquet of a task."""
+def task_files(spec: RunSpec, cache: Path, note: Note) -> tuple[Path, Path]:
+    """Training and validation parquet of a run's task."""
+    task = spec.task
     if task.builtin is None:
         assert task.train is not None and task.val is not None  # TaskSpec refuses anything else
         return Path(task.train), Path(task.val)
-    from data_prep import palindrome
-
-    options = palindrome_options(task.options)
-    folder = palindrome.cache(options, cache, _reporter(note, "Palindrome data"))
+    builder = importlib.import_module(f"data_prep.{task.builtin}")
+    folder = builder.cache(task_options(spec), cache, _reporter(note, f"{BUILTINS[task.builtin][0]} data"))
     return folder / "train.parquet", folder / "test.parquet"
 
 
-def palindrome_options(options: Mapping[str, Any]) -> Any:
-    """The builtin's options, typed. Raises ValueError on an unknown one."""
-    from data_prep.palindrome import PalindromeOptions
+BUILTINS = {"palindrome": ("Palindrome", "PalindromeOptions"), "deepscaler": ("DeepScaleR", "DeepScaleROptions")}
+"""Name for people and options class of each builtin task; its module in data_prep is named as in recipes."""
 
-    return options_from(PalindromeOptions, options, "tasks.<name>.options")
+
+def task_options(spec: RunSpec) -> Any:
+    """The builtin's options, typed; DeepScaleR's prompts are held to the run's own tokenizer and limit.
+
+    Raises ValueError on an unknown or impossible one.
+    """
+    name = str(spec.task.builtin)
+    values = dict(spec.task.options)
+    if name == "deepscaler":
+        values = {"tokenizer": _tokenizer(spec.model), "max_prompt_tokens": spec.train.max_prompt_tokens} | values
+    options = getattr(importlib.import_module(f"data_prep.{name}"), BUILTINS[name][1])
+    return options_from(options, values, "tasks.<name>.options")
+
+
+def _tokenizer(model: ModelSpec) -> str:
+    """What data_prep.lengths knows the model's tokenizer by."""
+    return f"{model.path}@{model.revision}" if model.revision else model.path
 
 
 def model_folder(model: ModelSpec, cache: Path, note: Note) -> Path:

@@ -7,25 +7,27 @@ A run's driver is verl's own main with our settings (klreg_verl/verl_hooks/main.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from klreg_verl import doctor
-from klreg_verl.experiment import provenance
+from klreg_verl.experiment import claims, provenance
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, Status, atomic_write, write_json
 from klreg_verl.verl_hooks import checkpoints, cpu, overrides
 from launch import failure, inputs, preflight
 from launch.display import Display
-from launch.session import Session, ray_session
+from launch.session import AttachedSession, Session, attached_session, ray_session
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Ray's object store on a CPU: a tiny model's batches are megabytes, and Ray would take a third of the memory."""
@@ -44,8 +46,15 @@ class Outcome:
 class Interrupted(Exception):
     """The user, or the system, asked us to stop."""
 
+    reason = "stopped by a signal"
+    """What the run's state says."""
+    end = "interrupted"
+    """What end.json says."""
 
-def run(specs: Sequence[RunSpec], runs_dir: Path, platform: str, display: Display) -> list[Outcome]:
+
+def run(
+    specs: Sequence[RunSpec], runs_dir: Path, platform: str, display: Display, ray_address: str | None = None
+) -> list[Outcome]:
     """Run what is unfinished, in order; a failed run does not stop the next.
 
     Args:
@@ -53,6 +62,7 @@ def run(specs: Sequence[RunSpec], runs_dir: Path, platform: str, display: Displa
         runs_dir: where run folders live.
         platform: "cpu" or "cuda".
         display: told of every step.
+        ray_address: a Ray that is there already, whose nodes have this environment and see all paths; None: our own.
 
     Raises:
         Interrupted: after the current run was marked interrupted and everything was ended.
@@ -65,20 +75,38 @@ def run(specs: Sequence[RunSpec], runs_dir: Path, platform: str, display: Displa
     if not waiting:
         return done
     files = {spec.run_id: inputs.prepare(spec, runs_dir, display.note) for spec in waiting}
-    gpus = max(spec.resources.gpus_per_node for spec in waiting) if platform == "cpu" else None
-    store = OBJECT_STORE_BYTES if platform == "cpu" else None
-    with _stop_signals(), ray_session(gpus, store, session_environment(waiting[0], platform)) as session:
+    with stop_signals(), _session(waiting, platform, ray_address) as session:
         return done + [run_one(spec, files[spec.run_id], runs_dir, platform, session, display) for spec in waiting]
 
 
+def _session(
+    specs: Sequence[RunSpec], platform: str, ray_address: str | None
+) -> AbstractContextManager[Session | AttachedSession]:
+    environment = session_environment(specs[0], platform)
+    if ray_address is not None:
+        return attached_session(ray_address, environment)
+    gpus = max(spec.resources.gpus_per_node for spec in specs) if platform == "cpu" else None
+    return ray_session(gpus, OBJECT_STORE_BYTES if platform == "cpu" else None, environment)
+
+
 def run_one(
-    spec: RunSpec, files: overrides.Files, runs_dir: Path, platform: str, session: Session, display: Display
+    spec: RunSpec,
+    files: overrides.Files,
+    runs_dir: Path,
+    platform: str,
+    session: Session | AttachedSession,
+    display: Display,
 ) -> Outcome:
     """One attempt at one run, resumed from its newest whole checkpoint."""
     folder = inputs.run_folder(spec, runs_dir)
+    before = folder.spec() or spec
     folder.create(spec)
     with folder.lock():
         notes = checkpoints.repair(folder.checkpoints_dir)
+        if lost := lost_checkpoints(folder, max(before.save.every, spec.save.every)):
+            folder.set_state("failed", reason=lost, step=folder.last_step())
+            display.end(spec, "failed", lost)
+            return Outcome(spec=spec, status="failed", reason=lost)
         attempt = folder.new_attempt()
         settings = overrides.settings(spec, files, platform)
         environment = write_attempt(spec, folder, attempt, files, settings, platform)
@@ -87,9 +115,29 @@ def run_one(
         display.start(spec, checkpoints.newest_complete(folder.checkpoints_dir) or 0)
         folder.set_state("running", steps=spec.train.steps, attempt=int(attempt.name))
         outcome = _watch(spec, folder, attempt, settings, environment, session, display)
-        folder.set_state(outcome.status, reason=outcome.reason, step=folder.last_step())
+        _write_end(folder, attempt, outcome.status, outcome.reason)
     display.end(spec, outcome.status, outcome.reason)
     return outcome
+
+
+def lost_checkpoints(folder: RunFolder, every: int) -> str | None:
+    """Why a run that has saved cannot go on, though nothing whole is left; it is never started anew unasked.
+
+    `every`: steps between its checkpoints. One is whole before the next step's line is written.
+    """
+    newest, last = checkpoints.newest_complete(folder.checkpoints_dir), folder.last_step() or 0
+    if newest is None and last > every:
+        return (
+            f"{last} steps are done and no checkpoint in {folder.checkpoints_dir} is whole: it would start anew. "
+            "Restore one (what was not whole is beside it as incomplete_*), or remove the run's folder."
+        )
+    if newest is not None and (checkpoints.step_folder(folder.checkpoints_dir, newest) / WEIGHTS_ONLY).exists():
+        return f"`klreg gc --optimizer` removed the optimizer's state of step {newest}, so the run cannot be extended."
+    return None
+
+
+WEIGHTS_ONLY = "WEIGHTS_ONLY"
+"""Marks a checkpoint whose optimizer state was removed."""
 
 
 def _watch(
@@ -98,7 +146,7 @@ def _watch(
     attempt: Path,
     settings: overrides.Settings,
     environment: Mapping[str, str],
-    session: Session,
+    session: Session | AttachedSession,
     display: Display,
 ) -> Outcome:
     """Start verl's driver and follow metrics.jsonl until it ends."""
@@ -112,12 +160,21 @@ def _watch(
         while end is None:
             end = session.wait(LOOK_SECONDS)
             shown = _show_new(spec, folder, shown, display)
-    except Interrupted:
-        folder.set_state("interrupted", reason="stopped by a signal", step=folder.last_step())
+    except Interrupted as stop:
+        _write_end(folder, attempt, "interrupted", stop.reason, stop.end)
         raise
     if end.code == 0 and folder.last_step() == spec.train.steps:
         return Outcome(spec=spec, status="done")
+    if end.code == 0 and folder.stop_asked():
+        return Outcome(spec=spec, status="interrupted", reason=f"asked to stop, saved step {folder.last_step()}")
     return Outcome(spec=spec, status="failed", reason=failure.reason(log, end))
+
+
+def _write_end(folder: RunFolder, attempt: Path, status: Status, reason: str, end: str = "") -> None:
+    """How an attempt ended, in its folder and as the run's state. An attempt without this file was cut short."""
+    step = folder.last_step()
+    write_json(attempt / "end.json", {"status": end or status, "reason": reason, "step": step})
+    folder.set_state(status, reason=reason, step=step)
 
 
 def _show_new(spec: RunSpec, folder: RunFolder, shown: int, display: Display) -> int:
@@ -151,11 +208,12 @@ def write_attempt(
     write_json(attempt / "verl.json", settings)
     train = spec.train
     gradient = doctor.explain(spec.kl, train.advantage, train.updates_per_batch, train.policy_aggregation)
+    skills = {f"retention/{name}": path for name, path in zip(spec.retention.skills, files.retention, strict=True)}
     card = provenance.collect(
         spec,
-        {"train": files.train, "val": files.val},
+        {"train": files.train, "val": files.val, **skills},
         model=files.model,
-        extra={"gradient": gradient, "platform": platform},
+        extra={"gradient": gradient, "platform": platform, "claims": _claims(spec, folder)},
     )
     write_json(folder.provenance_path, card)
     return {
@@ -164,6 +222,13 @@ def write_attempt(
         "TENSORBOARD_DIR": str(folder.path / "tensorboard"),
         **_wandb(spec, folder),
     }
+
+
+def _claims(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
+    """The recipe's claims for the run's card; what it said when the run's first line was written is kept."""
+    written = folder.last_step() is not None and folder.provenance_path.exists()
+    before = json.loads(folder.provenance_path.read_text(encoding="utf-8")) if written else None
+    return claims.card(spec.claims, before, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def _wandb(spec: RunSpec, folder: RunFolder) -> dict[str, str]:
@@ -190,7 +255,7 @@ def session_environment(spec: RunSpec, platform: str) -> dict[str, str]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[None]:
+def stop_signals() -> Iterator[None]:
     """Ctrl-C and SIGTERM raise Interrupted once; a second Ctrl-C during clean-up is ignored, so that it completes.
 
     A signal that is ignored already (nohup) stays so. Outside the main thread Python cannot handle signals at all.

@@ -17,7 +17,8 @@ from data_prep.check import check_model, check_task
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.verl_hooks.names import TESTED
-from launch.inputs import palindrome_options, run_folder
+from launch import retained
+from launch.inputs import planned_files, run_folder
 
 CPU_MEMORY_GB = 9.0
 """What one worker's run took at its peak over all processes (recipes/results/README.md)."""
@@ -137,6 +138,9 @@ def check_files(specs: Sequence[RunSpec]) -> list[Finding]:
         if spec.reference.path is not None:
             findings[f"reference {spec.reference.path}"] = _check_reference(spec.reference.path)
         findings[f"task {spec.task_name}"] = _check_task(spec)
+        if spec.retention.skills:
+            retained.check(spec)
+            findings["retention"] = f"{', '.join(spec.retention.skills)}: known, or in verl's schema"
     return [Finding(what=what, detail=detail) for what, detail in findings.items()]
 
 
@@ -161,12 +165,19 @@ def _check_reference(path: str) -> str:
 
 def _check_task(spec: RunSpec) -> str:
     if spec.task.builtin is not None:
-        palindrome_options(spec.task.options)
+        planned_files(spec, Path())  # reads the options, and finds the files that the data is made from
+        _check_reward_options(spec)
         return "built here"
     folder = Path(spec.model.path) if Path(spec.model.path).is_absolute() else None
     check_task(Path(spec.task.train or ""), Path(spec.task.val or ""), folder, spec.train.max_prompt_tokens)
     check_reward(spec)
     return "parquet files have verl's schema, the reward function is there"
+
+
+def _check_reward_options(spec: RunSpec) -> None:
+    from data_prep.rewards import RewardOptions
+
+    options_from(RewardOptions, spec.task.reward_options, f"tasks.{spec.task_name}.reward_options")
 
 
 def check_reward(spec: RunSpec) -> None:

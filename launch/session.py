@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from select import select
 from typing import Any
@@ -44,6 +44,10 @@ class Session:
         """Start a run's driver on this Ray."""
         variables = {"RAY_ADDRESS": self.address, **environment}
         self._send(run=argv, environment=variables, log=str(log))
+
+    def end(self, reason: str) -> None:
+        """Kill the run's driver; `wait` then tells the reason."""
+        self._send(end=reason)
 
     def wait(self, seconds: float) -> End | None:
         """How the run ended, if it ends within `seconds`, else None.
@@ -80,14 +84,62 @@ class Session:
         return message
 
 
+class AttachedSession:
+    """A Ray that somebody else started, and ends; only the runs' drivers are ours."""
+
+    def __init__(self, address: str, environment: Mapping[str, str]) -> None:
+        self.address, self._environment = address, dict(environment)
+        self._driver: subprocess.Popen[bytes] | None = None
+
+    def start(self, argv: list[str], environment: Mapping[str, str], log: Path) -> None:
+        """Start a run's driver on that Ray."""
+        variables = {**self._environment, "RAY_ADDRESS": self.address, **environment}
+        with open(log, "ab") as out:
+            self._driver = subprocess.Popen(
+                argv, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+
+    def wait(self, seconds: float) -> End | None:
+        """How the run ended, if it ends within `seconds`, else None."""
+        assert self._driver is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return End(self._driver.wait(seconds))
+        return None
+
+    def close(self) -> None:
+        """End the driver, if it still runs; Ray then ends the run's workers on every node."""
+        if self._driver is not None and self._driver.poll() is None:
+            self._driver.terminate()
+            if self.wait(CLOSE_SECONDS) is None:
+                self._driver.kill()
+                self._driver.wait()
+
+
 @contextmanager
-def ray_session(gpus: int | None, object_store_bytes: int | None, environment: Mapping[str, str]) -> Iterator[Session]:
+def attached_session(address: str, environment: Mapping[str, str]) -> Iterator[AttachedSession]:
+    """Runs on an existing Ray; `address` as RAY_ADDRESS has it, e.g. 10.0.0.1:6379."""
+    session = AttachedSession(address, environment)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+@contextmanager
+def ray_session(
+    gpus: int | None,
+    object_store_bytes: int | None,
+    environment: Mapping[str, str],
+    place: guardian.Place | None = None,
+) -> Iterator[Session]:
     """Start Ray with `gpus` (logical on a CPU; None: let Ray count them), and end all that was started on leaving.
+
+    `place`: all of it at once, for a head that other nodes join.
 
     Raises:
         RuntimeError: Ray did not start; its own last lines are in the message.
     """
-    process = _spawn(gpus, object_store_bytes, environment)
+    process = _spawn(place or guardian.Place(gpus=gpus, object_store_bytes=object_store_bytes), environment)
     try:
         session = Session(process, "")
         ready = session._receive(guardian.START_SECONDS + 10)
@@ -99,10 +151,9 @@ def ray_session(gpus: int | None, object_store_bytes: int | None, environment: M
         _close(process)
 
 
-def _spawn(gpus: int | None, object_store_bytes: int | None, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _spawn(place: guardian.Place, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-P", guardian.__file__]  # by its path: users have folders called "launch", too
-    command += [f"--gpus={gpus}"] if gpus is not None else []
-    command += [f"--object-store-bytes={object_store_bytes}"] if object_store_bytes is not None else []
+    command.append(json.dumps(asdict(place)))
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -83,7 +83,23 @@ def files_below(folder: Path) -> set[str]:
 
 # ---------------------------------------------------------------------------------------------------- surface
 
-COMMANDS = ("run", "plan", "status", "report", "doctor", "data", "data palindrome", "data tiny-model", "data check")
+DATA = ("data palindrome", "data deepscaler", "data skill", "data tiny-model", "data check")
+COMMANDS = (
+    "submit",
+    "retry",
+    "cancel",
+    "logs",
+    "gc",
+    "run",
+    "plan",
+    "status",
+    "report",
+    "doctor",
+    "export",
+    "eval",
+    "data",
+    *DATA,
+)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -120,14 +136,34 @@ def test_plan_says_what_would_run_and_writes_nothing(klreg: Klreg, study: Path):
     assert files_below(study.parent) == before
 
 
-def test_plan_and_status_as_json_have_the_same_rows(klreg: Klreg, study: Path):
+def test_plan_and_status_as_json_have_the_same_rows_and_each_what_the_other_has_not(klreg: Klreg, study: Path):
     rows = json.loads(klreg("plan", study, "--json").stdout)
-    assert json.loads(klreg("status", study, "--json").stdout) == rows
+    slurm = {"job": "", "slurm": "", "left": ""}
+    cost = {key: rows[0].pop(key) for key in ("step_seconds", "hours_left", "gpu_hours_left", "disk_bytes")}
+    assert set(cost.values()) == {None}  # nothing has run, and the model is not built
+    assert json.loads(klreg("status", study, "--json").stdout)[0] == rows[0] | slurm
     specs = plan.expand(recipe.load(study))
     assert [row["run_id"] for row in rows] == [spec.run_id for spec in specs]
     assert [row["hash"] for row in rows] == [spec.hash[:12] for spec in specs]
     rest = {"status": "pending", "step": 0, "steps": 4, "attempt": 0, "accuracy": None, "kl": None, "reason": ""}
     assert {key: value for key, value in rows[0].items() if key not in ("run_id", "hash")} == rest
+
+
+def test_plan_as_csv_has_a_line_for_each_run(klreg: Klreg, study: Path):
+    lines = klreg("plan", study, "--csv").stdout.splitlines()
+    assert lines[0].startswith("run_id,hash,status,step,steps,attempt,") and lines[0].endswith(",disk_bytes")
+    assert [line.partition(",")[0] for line in lines[1:]] == [spec.run_id for spec in plan.expand(recipe.load(study))]
+
+
+def test_plan_says_what_is_left_to_do_from_steps_that_were_measured(klreg: Klreg, study: Path):
+    assert "time unknown until a run has done two steps" in klreg("plan", study).output
+    spec = plan.expand(recipe.load(study))[0]
+    folder = RunFolder(study.parent / "runs" / "study" / spec.run_id)
+    folder.create(spec)
+    for step, seconds in ((1, 500.0), (2, 90.0)):
+        folder.append_metrics(step, {"time/step_s": seconds})
+    # 4 runs of 4 steps, of which 2 are done; the first step warms up and is not counted: 14 x 90 s = 0.35 h
+    assert "estimate: 0.35 worker-hours of steps left" in klreg("plan", study).output
 
 
 def test_status_shows_steps_numbers_and_the_reason_of_a_failure(klreg: Klreg, study: Path):
@@ -357,10 +393,41 @@ def test_a_recipe_that_is_not_there_is_refused(klreg: Klreg, tmp_path: Path, com
     assert (result.exit_code, "nix.yaml: no such file" in told(result)) == (2, True)
 
 
-@pytest.mark.parametrize("command", [["run", "--dry-run"], ["plan"], ["status"]])
+@pytest.mark.parametrize("command", [["run", "--dry-run"], ["plan"], ["submit", "--profile", "generic"]])
 def test_a_recipe_that_is_a_folder_is_refused(klreg: Klreg, tmp_path: Path, command: list[str]):
     result = klreg(*command, tmp_path)
     assert (result.exit_code, "Is a directory" in told(result)) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["status", "retry", "cancel", "logs", "gc"])
+def test_a_folder_that_is_no_runs_is_refused_where_a_run_may_be_named(klreg: Klreg, tmp_path: Path, command: str):
+    result = klreg(command, tmp_path)
+    assert (result.exit_code, "is no run's folder: it has no spec.json" in told(result)) == (2, True)
+
+
+def test_what_concerns_one_run_takes_its_folder_and_what_is_not_there_is_said(klreg: Klreg, study: Path):
+    spec = plan.expand(recipe.load(study))[0]
+    folder = RunFolder(study.parent / "runs" / "study" / spec.run_id)
+    folder.create(spec)
+    assert klreg("retry", folder.path).output == "No run has failed.\n"
+    assert "there is no such log; the run has 0 attempts" in told(klreg("logs", folder.path))
+    assert "never submitted" in told(klreg("logs", folder.path, "--job"))
+    attempt = folder.new_attempt()
+    (attempt / "log").write_text("\x1b[31m(TaskRunner pid=1) ERROR 01-31 12:00:00 [core.py:1] one\ntwo\n")
+    assert klreg("logs", folder.path).output.splitlines() == [str((attempt / "log").resolve()), "one", "two"]
+    assert klreg("logs", study, "--arm", "none", "--seed", "1", "--lines", "1").output.splitlines()[1:] == ["two"]
+    assert "4 runs fit: none/p/seed1" in told(klreg("logs", study))
+    assert json.loads(klreg("status", folder.path, "--json").stdout)[0]["run_id"] == spec.run_id
+    assert klreg("gc", folder.path).output == "0 B to remove\n"
+
+
+def test_failed_runs_that_were_never_submitted_are_retried_with_a_profile_only(klreg: Klreg, study: Path):
+    spec = plan.expand(recipe.load(study))[0]
+    folder = RunFolder(study.parent / "runs" / "study" / spec.run_id)
+    folder.create(spec)
+    folder.set_state("failed", reason="x")
+    result = klreg("retry", study)
+    assert (result.exit_code, "no submission whose profile could be used again" in told(result)) == (2, True)
 
 
 def test_a_report_of_what_never_ran_and_a_doctors_unknown_arm_are_refused(klreg: Klreg, study: Path):
@@ -521,11 +588,29 @@ def test_data_check_tells_rows_or_what_is_wrong(klreg: Klreg, own: Path):
     assert (result.exit_code, "cannot be read as parquet" in told(result)) == (2, True)
 
 
+def test_data_check_tries_a_users_reward_function(klreg: Klreg, own: Path):
+    (own / "scoring_of_data_check.py").write_text(
+        "def score(solution_str, ground_truth, **_): return float(solution_str == 'x')"
+    )
+    files = [own / "data" / name for name in ("train.parquet", "test.parquet")]
+    result = klreg("data", "check", *files, "--reward", "data_prep.rewards:compute_score")
+    assert result.exit_code == 0 and "given as responses, 8 of 8 ground truths score above" in told(result)
+    result = klreg("data", "check", *files, "--reward", "scoring_of_data_check:nothing")
+    assert (result.exit_code, "cannot import 'scoring_of_data_check'" in told(result)) == (2, True)  # not beside us
+
+
 def test_data_builders_take_their_own_arguments(klreg: Klreg, tmp_path: Path):
     made = klreg("data", "palindrome", "--out", tmp_path / "made", "--train-size", "5", "--test-size", "2")
     assert made.exit_code == 0, made.output
     assert (tmp_path / "made" / "train.parquet").is_file()
     assert klreg("data", "palindrome", "--out", tmp_path / "made").exit_code == 2  # exists already
+    assert (
+        klreg("data", "skill", "--out", tmp_path / "skill", "--skill", "number_sorting", "--size", "4").exit_code == 0
+    )
+    (tmp_path / "x.json").write_text(json.dumps([{"problem": f"{n}?", "answer": n} for n in range(9)]))
+    made = klreg("data", "deepscaler", "--out", tmp_path / "d", "--source", tmp_path / "x.json", "--test-size", "2")
+    assert made.exit_code == 0, made.output
+    assert (tmp_path / "d" / "card.json").is_file()
 
 
 # ---------------------------------------------------------------------------------------------------- as a process

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.check import check_model, check_task, check_vocabulary
+from data_prep.check import check_model, check_task, check_vocabulary, describe
 from data_prep.palindrome import PalindromeOptions
 from data_prep.palindrome import build as build_palindrome
-from data_prep.rewards import GRADERS
 from data_prep.schema import write_parquet
 from data_prep.tiny_model import TinyModelOptions
 from data_prep.tiny_model import build as build_model
@@ -55,7 +54,7 @@ def change_config(model: Path, **changes: object) -> None:
 
 
 def test_good_files_give_their_counts(data, original):
-    counts = check_task(data / "train.parquet", data / "test.parquet", original, 16, known_sources=GRADERS)
+    counts = check_task(data / "train.parquet", data / "test.parquet", original, 16)
     # the longest prompt: 8 letters and 3 tokens of the template
     assert counts == {"train_rows": 30, "val_rows": 10, "longest_prompt": 11}
 
@@ -74,10 +73,29 @@ def test_prompts_over_the_limit_are_counted_and_the_way_out_named(data, original
         check_task(data / "train.parquet", data / "test.parquet", original, 10)
 
 
-def test_a_source_without_reward_is_refused(data, tmp_path):
-    other = write_prompt(tmp_path / "x.parquet", {"role": "user", "content": "ab"}, data_source="gsm9k")
-    with pytest.raises(ValueError, match="no reward for data_source 'gsm9k'.*Known: palindrome.*reward: package"):
-        check_task(other, data / "test.parquet", None, 16, known_sources=GRADERS)
+def test_a_description_says_rows_lengths_rewards_and_what_is_there_twice(data, original, tmp_path):
+    shutil.copy(data / "test.parquet", tmp_path / "again.parquet")
+    files = [data / "train.parquet", data / "test.parquet", tmp_path / "again.parquet"]
+    lines = describe(files, None, str(original), 16)
+    assert lines[:3] == [
+        f"{path}: {rows} rows in verl's schema" for path, rows in zip(files, (30, 10, 10), strict=True)
+    ]
+    assert lines[3:5] == [
+        "note: 10 prompts of again.parquet are in test.parquet too: what is tested was trained on.",
+        "longest prompt: 11 tokens of at most 16",
+    ]
+    keys = "acc, format_ok, pred, score, timeout, truncated"
+    expected = (
+        f"{files[0]}: our own reward returns {keys}; given as responses, 30 of 30 ground truths score above an empty"
+    )
+    assert lines[5].startswith(expected) and len(lines) == 8
+
+
+def test_a_description_refuses_what_a_run_would_choke_on(data, original, tmp_path):
+    with pytest.raises(ValueError, match="prompts are longer than max_prompt_tokens=10"):
+        describe([data / "train.parquet"], None, str(original), 10)
+    with pytest.raises(ValueError, match="'data_prep.rewards' has no function 'nothing'"):
+        describe([data / "train.parquet"], "data_prep.rewards:nothing")
 
 
 def test_a_users_own_reward_function_may_grade_any_source(data, tmp_path):

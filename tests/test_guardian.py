@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -349,7 +350,27 @@ def test_a_session_has_a_token_of_its_own_that_others_cannot_read(tmp_path: Path
 
 
 def test_ray_gets_free_ports_and_only_what_was_asked_for(tmp_path: Path):
-    command = guardian.ray_command(tmp_path, None, None)
+    command = guardian.ray_command(tmp_path, guardian.Place())
     assert not [part for part in command if part.startswith(("--num-gpus", "--object-store-memory"))]
-    command = guardian.ray_command(tmp_path, 0, 2**20)
+    command = guardian.ray_command(tmp_path, guardian.Place(gpus=0, object_store_bytes=2**20))
     assert {"--port=0", "--num-gpus=0", "--object-store-memory=1048576", f"--temp-dir={tmp_path}"} <= set(command)
+
+
+def test_a_node_that_joins_is_no_head_and_says_where_the_others_reach_it(tmp_path: Path):
+    command = guardian.ray_command(tmp_path, guardian.Place(ip="10.0.0.2", head="10.0.0.1:6379", slots=64))
+    assert {"--address=10.0.0.1:6379", "--node-ip-address=10.0.0.2", "--num-cpus=64"} <= set(command)
+    assert not [part for part in command if part.startswith(("--head", "--port", "--include-dashboard"))]
+
+
+def test_ports_of_a_range_are_those_that_are_free(tmp_path: Path):
+    with socket.create_server(("", 0)) as taken:
+        used = taken.getsockname()[1]
+        command = guardian.ray_command(tmp_path, guardian.Place(ports=(used, used + 100)))
+    options = dict(part.split("=", 1) for part in command if "port" in part.partition("=")[0])
+    workers = [int(port) for port in options.pop("--worker-port-list").split(",")]
+    fixed = [int(port) for port in options.values()]
+    assert len(fixed) == 7 and "--port" in options
+    assert len({*fixed, *workers}) == len(fixed) + len(workers) and used not in (*fixed, *workers)
+    assert all(used < port <= used + 100 for port in (*fixed, *workers))
+    with pytest.raises(RuntimeError, match="of the ports .* are free; Ray needs 7 and more"):
+        guardian.ray_command(tmp_path, guardian.Place(ports=(used, used + 10)))

@@ -58,6 +58,37 @@ def test_the_cache_lies_beside_the_runs_unless_the_environment_says_where(
     assert inputs.cache_root(tmp_path / "runs") == Path.home().resolve() / "klreg"
 
 
+def test_deepscalers_files_are_found_beside_the_recipe_and_held_to_the_runs_tokenizer_and_limit(tmp_path: Path):
+    problems = [{"problem": "x" * size, "answer": "1"} for size in range(1, 40)]
+    (tmp_path / "math.json").write_text(json.dumps(problems))
+    text = RECIPE.replace(
+        "{builtin: palindrome, options: {train_size: 12, test_size: 4}}",
+        "{builtin: deepscaler, options: {source: math.json, test_size: 4, style: question}}",
+    )
+    spec = only_spec(tmp_path, text + "train: {max_prompt_tokens: 30}\n")
+    planned = inputs.planned_files(spec, tmp_path / "runs")
+    notes: list[str] = []
+    built = inputs.task_files(spec, inputs.cache_root(tmp_path / "runs"), notes.append)
+    assert built == (planned.train, planned.val) and planned.train.parent.name.startswith("deepscaler-")
+    assert notes[0].startswith("DeepScaleR data: ")
+    card = json.loads((planned.train.parent / "card.json").read_text())
+    # a token a letter and three of the template: 1 to 27 letters fit, and 4 of these 27 are held out
+    assert card["read"]["deepscaler"]["dropped"] == {"over 30 tokens": 12}
+    assert [card["files"][name]["rows"] for name in ("train.parquet", "test.parquet")] == [23, 4]
+    other = inputs.planned_files(only_spec(tmp_path, text + "train: {max_prompt_tokens: 31}\n"), tmp_path / "runs")
+    assert other.train != planned.train
+
+
+def test_a_source_that_is_not_there_is_refused_before_anything_is_built(tmp_path: Path):
+    text = RECIPE.replace(
+        "{builtin: palindrome, options: {train_size: 12, test_size: 4}}",
+        "{builtin: deepscaler, options: {source: ./gone}}",
+    )
+    spec = only_spec(tmp_path, text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/gone is not there. Name a JSON, JSONL or parquet file"):
+        inputs.planned_files(spec, tmp_path / "runs")
+
+
 def test_a_users_own_files_and_folder_are_taken_as_they_are(tmp_path: Path):
     (tmp_path / "model").mkdir()
     text = """\

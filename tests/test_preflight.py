@@ -134,6 +134,22 @@ def test_a_folder_that_a_living_process_works_in_is_refused_and_free_after_its_d
     preflight.check_folders([spec], tmp_path / "runs")
 
 
+# ---------------------------------------------------------------------------------------------------- data
+
+
+def test_a_builtin_tasks_source_is_looked_for(tmp_path: Path):
+    text = RECIPE.replace(
+        '{train: a.parquet, val: b.parquet, reward: "my_rewards_PLACE:score"}',
+        "{builtin: deepscaler, options: {source: math.json}}",
+    )
+    (tmp_path / "study.yaml").write_text(text)
+    (spec,) = plan.expand(recipe.load(tmp_path / "study.yaml"))
+    with pytest.raises(ValueError, match="math.json is not there"):
+        preflight.check_files([spec])
+    (tmp_path / "math.json").write_text("[]")
+    assert preflight.check_files([spec])[-1] == preflight.Finding(what="task mine", detail="built here")
+
+
 # ---------------------------------------------------------------------------------------------------- reward
 
 

@@ -280,13 +280,13 @@ def test_a_grid_given_on_the_command_line_replaces_the_default_value(load: Load)
         (
             "builtin: palindrome",
             "builtin: palindrom",
-            "'palindrom' is not one of palindrome. Did you mean 'palindrome'?",
+            "'palindrom' is not one of palindrome, deepscaler. Did you mean 'palindrome'?",
         ),
         ("builtin: palindrome", "builtin: palindrome, train: x", "has no effect beside `builtin: palindrome`."),
         (
             "builtin: palindrome",
             "train: x, val: y",
-            "tasks.palindrome.reward: missing. A task is `builtin: palindrome`",
+            "tasks.palindrome.reward: missing. A task has a `builtin`, or all of train",
         ),
         ("builtin: palindrome", "train: x, val: y, reward: r", "'r' is not of the form pkg.module:function."),
         (

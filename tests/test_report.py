@@ -2,13 +2,16 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas as pd
 import pytest
-from run_folders import RECIPE, synthetic_rows, write_run, write_study
+from run_folders import RECIPE, card, synthetic_rows, write_run, write_study
 
 from klreg_verl.analysis import report
 from klreg_verl.analysis.runs import load
+from klreg_verl.experiment import claims as claiming
+from klreg_verl.experiment.claims import ClaimSpec
 
 VOID = {"meta", "br"}
 
@@ -243,3 +246,49 @@ def test_alarms_are_in_the_page_and_in_the_markdown(tmp_path):
     paths = report.write_report(tmp_path / "study")
     assert "<td>entropy_floor</td><td>4 steps: 3 to 5, 7</td>" in paths.html.read_text()
     assert "| entropy_floor | 4 steps: 3 to 5, 7 |" in paths.markdown.read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- claims
+
+KEPT = ClaimSpec(metric="diversity/coverage", contrast=("reverse", "none"), margin=0.02, task="palindrome")
+
+
+def write_claimed(folder: Path) -> Path:
+    """Three seeds of two arms, whose cards hold one claim; reverse keeps 0.1 more coverage."""
+    entry = {"claims": claiming.card({"kept": KEPT}, None, "monday")}
+    for arm, value in (("none", 0.5), ("reverse", 0.6)):
+        for seed in (1, 2, 3):
+            rows = [{"step": step, "diversity/coverage": value + 0.001 * seed * (arm == "none")} for step in (1, 2)]
+            write_run(folder, arm, rows, seed=seed, provenance=card(arm, seed) | entry)
+    return folder
+
+
+def test_claims_are_in_the_page_the_markdown_the_table_and_the_terminal(tmp_path):
+    paths = report.write_report(write_claimed(tmp_path), {"claims": {"kept": KEPT}})
+    sentence = "kept: diversity/coverage of reverse minus none differs from zero: +0.0980"
+    assert sentence in paths.markdown.read_text() and sentence in paths.html.read_text()
+    assert "Holm's correction of the p-values inside this list" in paths.markdown.read_text()
+    assert (tmp_path / "claims.csv").read_text().splitlines()[1].startswith("kept,diversity/coverage,palindrome,")
+    assert report.summary_lines(load(tmp_path))[-1].startswith(
+        "kept  differs: diversity/coverage of reverse minus none +0.09"
+    )
+
+
+def test_a_claim_that_only_the_recipe_has_is_shown_as_exploratory(tmp_path):
+    write_study(tmp_path, seeds=(1, 2))
+    paths = report.write_report(tmp_path, {"claims": {"late": KEPT}})
+    assert "late (exploratory, not registered before the runs):" in paths.markdown.read_text()
+
+
+def test_without_claims_there_is_no_section_and_no_table(tmp_path):
+    paths = report.write_report(write_study(tmp_path, seeds=(1, 2)))
+    assert "Claims" not in paths.markdown.read_text() and not (tmp_path / "claims.csv").exists()
+
+
+def test_many_claims_leave_the_terminal_summary_at_15_lines(tmp_path):
+    many = {f"c{number}": KEPT for number in range(12)}
+    entry = {"claims": claiming.card(many, None, "monday")}
+    for arm in [*(f"arm{number}" for number in range(12)), "none", "reverse"]:
+        write_run(tmp_path, arm, [{"step": 1, "diversity/coverage": 0.5}], provenance=card(arm, 1) | entry)
+    lines = report.summary_lines(load(tmp_path))
+    assert len(lines) == 15 and lines[-1] == "..." and any(line.startswith("c0") for line in lines)

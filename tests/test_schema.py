@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.schema import SCHEMA, check_file, write_parquet
+from data_prep.schema import SCHEMA, TAKEN, check_file, differences, make_row, write_parquet
 
 
 def row(index: int = 0, **changes: Any) -> dict[str, Any]:
@@ -113,6 +113,35 @@ def test_a_row_without_data_source_is_refused(tmp_path):
     path = write_table(tmp_path / "x.parquet", [row(), row(data_source=None)], SCHEMA)
     with pytest.raises(ValueError, match="1 rows have no data_source"):
         check_file(path)
+
+
+def test_make_row_fits_the_schema_and_keeps_text_as_it_is():
+    made = make_row(
+        data_source="d", prompt="p", ability="a", ground_truth="g", split="test", index=3, meta={"b": "\u00e9", "a": 1}
+    )
+    assert pa.Table.from_pylist([made], schema=SCHEMA).to_pylist() == [made]
+    assert made["extra_info"] == {"split": "test", "index": 3, "num_valid": None, "meta": '{"a": 1, "b": "\u00e9"}'}
+
+
+@pytest.mark.parametrize("name", sorted(TAKEN))
+def test_a_column_that_verl_uses_itself_is_refused(tmp_path, name):
+    path = write_table(tmp_path / "x.parquet", [row(**{name: "x"})])
+    with pytest.raises(ValueError, match=f"has a column '{name}': verl hands every column to its agent loop by name"):
+        check_file(path)
+
+
+def test_files_that_cannot_be_read_as_one_list_are_told(tmp_path):
+    write_parquet([row()], tmp_path / "ours.parquet")
+    other = {**row(), "extra_info": {"index": 0, "own": 1.5}}
+    large = pa.Table.from_pylist([other])
+    place = large.schema.get_field_index("data_source")
+    large = large.set_column(place, "data_source", large["data_source"].cast(pa.large_string()))
+    tables = {Path("ours.parquet"): check_file(tmp_path / "ours.parquet"), Path("theirs.parquet"): large}
+    (found,) = differences(tables)  # fields that only one has do not matter
+    assert found.startswith(
+        "data_source is string in ours.parquet and large_string in theirs.parquet: verl cannot read"
+    )
+    assert differences({path: tables[Path("ours.parquet")] for path in tables}) == []
 
 
 def test_a_users_file_may_have_other_columns_and_no_extra_info(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 
 from launch import session as sessions
 from launch.guardian import below
-from launch.session import End, Session, ray_session
+from launch.session import End, Session, attached_session, ray_session
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -90,6 +90,18 @@ def test_closing_a_guardian_that_hangs_ends_it_and_what_is_below_it_only(started
     assert control.poll() is None
 
 
+def test_a_driver_on_somebody_elses_ray_gets_its_address_and_ends_with_the_session(tmp_path):
+    code = "import os, sys, time; print(os.environ['RAY_ADDRESS'], os.environ['A']); sys.exit(3)"
+    with attached_session("10.0.0.1:6379", {**os.environ, "A": "1"}) as session:
+        session.start([sys.executable, "-c", code], {}, tmp_path / "log")
+        assert session.wait(20) == End(3)
+        assert (tmp_path / "log").read_text() == "10.0.0.1:6379 1\n"
+        session.start([sys.executable, "-c", "import time; time.sleep(100)"], {}, tmp_path / "log")
+        assert session.wait(0.1) is None
+        driver = psutil.Process(session._driver.pid)
+    assert not driver.is_running()
+
+
 # ---------------------------------------------------------------------------------------------------- Ray
 
 PROGRAM = """
@@ -145,6 +157,27 @@ def test_ray_that_does_not_start_is_told_in_its_own_words():
     with pytest.raises(RuntimeError, match="(?s)Ray did not start:.*object store"):
         with ray_session(1, 1, os.environ):
             pytest.fail("Ray started with an object store of one byte")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", ["gcs_server", "raylet"])
+def test_a_ray_whose_process_is_killed_ends_the_run_with_that_reason(tmp_path: Path, process: str):
+    with ray_session(1, STORE, os.environ) as session:
+        session.start([sys.executable, "-c", "import time; time.sleep(100)"], {}, tmp_path / "log")
+        assert session.wait(1.0) is None
+        next(one for one in below(psutil.Process(session._process.pid)) if one.name() == process).kill()
+        end = session.wait(30)
+    assert end is not None and end.code == -9
+    assert end.lost == f"Ray's {process} was killed, so the run was stopped"
+
+
+@pytest.mark.slow
+def test_a_run_can_be_ended_with_a_reason(tmp_path: Path):
+    with ray_session(1, STORE, os.environ) as session:
+        session.start([sys.executable, "-c", "import time; time.sleep(100)"], {}, tmp_path / "log")
+        session.end("it stood still")
+        assert session.wait(30) == End(-9, "it stood still")
+        assert run(session, tmp_path / "2")[1] == "1.0"  # Ray goes on
 
 
 @pytest.mark.slow

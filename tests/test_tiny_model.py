@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.cache import options_from
 from data_prep.check import check_model
 from data_prep.rewards import compute_score
+from data_prep.skills import SKILLS, demonstrations, held_out
 from data_prep.tiny_model import (
     ALPHABET,
     IGNORED,
@@ -21,15 +22,22 @@ from data_prep.tiny_model import (
     build_model,
     build_tokenizer,
     cache,
+    continued,
     draw,
     draw_batch,
+    draw_skills,
     is_right,
+    joined,
     learning_rate_factor,
+    measure_skill,
+    planned,
     read_layout,
     render_answers,
+    render_items,
     render_prompts,
 )
 
+BOTH = ("spell_backward", "number_sorting")
 TINY = TinyModelOptions(hidden_size=32, heads=2, layers=1, steps=20, batch_size=32, measured_prompts=12)
 
 
@@ -218,9 +226,110 @@ def test_cached_model_is_complete_and_readable_by_others(tmp_path):
     assert cache(options, tmp_path, lambda done, total, text: pytest.fail("built again")) == folder
 
 
+# ---------------------------------------------------------------------------------------------------- skills
+
+
+@pytest.mark.parametrize("name", SKILLS)
+def test_a_demonstration_is_what_the_chat_template_gives_and_its_answer_is_right(name, tokenizer, layout):
+    items = demonstrations(SKILLS[name], 20, 1)
+    ids, labels = render_items(items, layout, tokenizer)
+    for item, sequence, label in zip(items, ids, labels, strict=True):
+        assert tokenizer.decode(sequence[sequence != layout.pad]) == (
+            f"<|user|>{item.prompt}<|im_end|><|assistant|>{item.answer}<|im_end|>"
+        )
+        assert tokenizer.decode(label[label != IGNORED]) == item.answer + "<|im_end|>"
+        assert compute_score(f"skill/{name}", item.answer, item.answer)["score"] == 1.0
+
+
+def test_each_step_has_demonstrations_of_its_own_for_each_skill(layout, tokenizer):
+    options = dataclasses.replace(TINY, skills=BOTH, skill_rows=5)
+    found = draw_skills(layout, options, tokenizer)
+    assert [ids.shape[:2] for ids, _ in found] == [(20, 5), (20, 5)]
+    assert len({tuple(row) for row in found[0][0].reshape(100, -1).tolist()}) > 90  # words may repeat, steps do not
+
+
+def test_joined_batches_keep_every_row_and_supervise_no_padding(layout, tokenizer):
+    palindromes = draw_batch(np.random.default_rng(0), layout, TINY)
+    words = render_items(demonstrations(SKILLS["spell_backward"], 4, 1), layout, tokenizer)
+    ids, labels = joined([palindromes, words], layout.pad)
+    width = max(palindromes[0].shape[1], words[0].shape[1])
+    assert ids.shape == labels.shape == (32 + 4, width)
+    for part, start in ((palindromes, 0), (words, 32)):
+        rows = slice(start, start + len(part[0]))
+        assert torch.equal(ids[rows, : part[0].shape[1]], part[0])
+        assert torch.equal(labels[rows, : part[1].shape[1]], part[1])
+        assert (labels[rows, part[1].shape[1] :] == IGNORED).all()
+
+
+def test_a_model_with_skills_learns_them_and_says_how_well_on_its_card(tmp_path):
+    options = dataclasses.replace(TINY, skills=BOTH, skill_rows=8, steps=5)
+    build(options, tmp_path, quiet)
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert set(card["skills"]) == set(BOTH) and card["options"]["skills"] == list(BOTH)
+    assert all(0 <= found[kind] <= 1 for found in card["skills"].values() for kind in ("sampled", "greedy"))
+
+
+def test_training_on_a_skill_lowers_its_loss(folder, tmp_path, tokenizer, layout):
+    build(dataclasses.replace(TINY, skills=("number_sorting",), skill_rows=32), tmp_path, quiet)
+    batch = render_items(held_out(SKILLS["number_sorting"], 64, 1), layout, tokenizer)
+    with_skill, without = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path, folder))
+    # digits are one of 10: log(10) = 2.3 nats is what knowing the form gives; without, digits were never an answer
+    assert answer_loss(with_skill, *batch).item() < answer_loss(without, *batch).item() - 1.0
+
+
+def test_a_skill_is_measured_on_its_test_items_as_the_reward_grades_them(tokenizer, layout):
+    class Oracle(torch.nn.Module):
+        """Continues each prompt of the skill by its right answer, but for items of five digits."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.answers = {item.prompt: item.answer for item in held_out(SKILLS["number_sorting"], 12, TINY.seed)}
+
+        def forward(self, input_ids, past_key_values, use_cache, logits_to_keep):
+            seen = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], dim=1)
+            logits = torch.zeros(len(seen), 1, len(tokenizer))
+            for row, ids in enumerate(seen):
+                prompt, _, written = tokenizer.decode(ids).removeprefix("<|user|>").partition("<|im_end|><|assistant|>")
+                rest = (self.answers[prompt] if len(prompt) != 6 else "0") + "<|im_end|>"
+                following = tokenizer.encode(rest)[min(len(tokenizer.encode(written)), len(tokenizer.encode(rest)) - 1)]
+                logits[row, 0, following] = 100.0
+            return type("Output", (), {"logits": logits, "past_key_values": seen})
+
+    oracle = Oracle()
+    wrong = sum(len(prompt) == 6 for prompt in oracle.answers)
+    assert 0 < wrong < 12
+    found = measure_skill(oracle, "number_sorting", layout, TINY, tokenizer)
+    assert (found.sampled, found.greedy) == pytest.approx(((12 - wrong) / 12, (12 - wrong) / 12))
+
+
+def test_tokens_continued_with_a_cache_are_those_of_the_whole_sequence(folder, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([tokenizer.encode(f"<|user|>{text}<|im_end|><|assistant|>") for text in ("aabbcc", "zzyxyx")])
+    found = continued(model, ids, 5, greedy=True)
+    whole = torch.cat([ids, found], dim=1)
+    with torch.no_grad():
+        likely = model(input_ids=whole).logits[:, ids.shape[1] - 1 : -1].argmax(-1)
+    assert torch.equal(found, likely)
+
+
+def test_the_source_of_the_skills_decides_the_folder_only_where_there_are_some(tmp_path, monkeypatch):
+    from data_prep import skills
+
+    plain, skilled = TINY, dataclasses.replace(TINY, skills=BOTH)
+    before = planned(plain, tmp_path), planned(skilled, tmp_path)
+    changed = tmp_path / "skills.py"
+    changed.write_text("# changed")
+    monkeypatch.setattr(skills, "__file__", str(changed))
+    assert planned(plain, tmp_path) == before[0] and planned(skilled, tmp_path) != before[1]
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        ({"skills": ["flying"]}, "skills: 'flying' is no built-in skill. Known: spell_backward, number_sorting"),
+        ({"skills": ["number_sorting", "number_sorting"]}, "'number_sorting' is there twice"),
+        ({"skills": "number_sorting"}, "skills: expected a list"),
+        ({"skill_rows": 0}, "skill_rows: 0 must be greater than 0"),
         ({"step": 3}, "unknown key 'step'. Did you mean 'steps'?"),
         ({"heads": 3}, "hidden_size: 128 cannot be split into 3 heads .* Use a multiple of 6"),
         ({"steps": 0}, "steps: 0 must be greater than 0"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from klreg_verl.analysis import figures, stats, templates
+from klreg_verl.analysis import claims, figures, retention, stats, templates
 from klreg_verl.analysis.runs import Run
 from klreg_verl.analysis.samples import Response, SideBySide, side_by_side
 from klreg_verl.analysis.summary import (
@@ -43,6 +43,8 @@ class Study:
     groups: tuple[Group, ...]
     missing: tuple[str, ...] = ()
     """Run ids that the recipe plans and that have no folder."""
+    verdicts: tuple[claims.Verdict, ...] = ()
+    """How the claims ended."""
 
     @property
     def tasks(self) -> list[str]:
@@ -93,6 +95,7 @@ def smoothing_text(study: Study) -> str:
 def _sections(study: Study) -> list[tuple[str, str, str]]:
     return [
         ("scope", "What this is, and what it is not", f'<div class="scope"><p>{escape(scope(study.groups))}</p></div>'),
+        ("claims", "Claims", _claims(study)),
         ("unfinished", "Runs that are not finished or not whole", _unfinished(study)),
         ("alarms", "Alarms", _alarms(study)),
         ("summary", "At the end", _summary(study)),
@@ -100,6 +103,8 @@ def _sections(study: Study) -> list[tuple[str, str, str]]:
         ("frontier", "Accuracy against KL", _frontier(study)),
         ("gradient", "What each arm's gradient followed", _gradients(study)),
         ("evaluation", "Held-out evaluation", _evaluations(study)),
+        ("retention", "Skills that were not trained", _retained(study)),
+        ("checkpoints", "Checkpoints evaluated", _evaluated(study)),
         ("samples", "Responses side by side", _samples(study)),
         ("checks", "Can the measurements be trusted?", _checks(study)),
         ("cards", "Run cards", _cards(study)),
@@ -137,6 +142,11 @@ def _dot(group: Group) -> str:
 def _table(head: str, rows: Iterable[str]) -> str:
     body = "\n".join(f"<tr>{row}</tr>" if not row.startswith("<tr") else row for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _claims(study: Study) -> str:
+    told = "".join(f"<li>{_unbroken(sentence)}</li>" for sentence in claims.sentences(study.verdicts))
+    return f'{_note(claims.NOTE)}<ul class="found">{told}</ul>' if told else ""
 
 
 def _unfinished(study: Study) -> str:
@@ -279,6 +289,41 @@ def _evaluations(study: Study) -> str:
         "Before training is step 0. With several seeds: mean ± standard error over those that evaluated there."
     )
     return "".join(parts) + note if parts else ""
+
+
+def _retained(study: Study) -> str:
+    """Before and after, a row a setting and skill."""
+    head = "<th>Arm</th><th>Skill</th>" + "".join(
+        f'<th class="number">{name}</th>' for name in ("Before", "After", "Change")
+    )
+    parts = []
+    for task in study.tasks:
+        rows = [
+            f"<th>{_dot(group)}{escape(group.label)}</th><td>{escape(skill)}</td>"
+            + "".join(f'<td class="number">{_unbroken(text)}</td>' for text in texts)
+            for group, skills in retention.retained(study.of_task(task))
+            for skill, *texts in retention.retained_cells(skills)
+        ]
+        parts += [_with_heading(study, task, _table(head, rows))] if rows else []
+    return "".join(parts) + _note(retention.RETENTION_NOTE) if parts else ""
+
+
+def _evaluated(study: Study) -> str:
+    """What `klreg eval` left in the run folders, a table a task."""
+    labels = {run: group for group in study.groups for run in group.runs}
+    found = retention.evaluated(study.runs)
+    head = "".join(f"<th>{escape(name)}</th>" for name in retention.HEAD)
+    parts = []
+    for task in dict.fromkeys(row.task for row in found):
+        rows = []
+        for row in (row for row in found if row.task == task):
+            first, *rest = retention.cells(row, f"{row.run.label}, seed {row.run.seed}")
+            rows.append(
+                f"<th>{_dot(labels[row.run])}{escape(first)}</th>"
+                + "".join(f'<td class="number">{escape(text)}</td>' for text in rest)
+            )
+        parts.append(f"<h3>{escape(task)}</h3>{_table(head, rows)}")
+    return "".join(parts) + _note(retention.EVALUATION_NOTE) if parts else ""
 
 
 def _samples(study: Study) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from klreg_verl.analysis import figures, stats
+from klreg_verl.analysis import claims, figures, retention, stats
 from klreg_verl.analysis.page import Study, counts, render, smoothing_text
 from klreg_verl.analysis.runs import Run, load, long_table
 from klreg_verl.analysis.summary import (
@@ -64,7 +64,8 @@ def write_report(recipe_dir: Path, recipe_text: Mapping[str, Any] | None = None)
         recipe_dir: runs/<recipe>.
         recipe_text: what only the recipe knows, all optional: "question"; "name" (else the folder's);
             "arms", names in the order in which they are to be shown; "planned", the run ids
-            (<arm>/<task>/[<grid>/]seed<k>) that should exist, so that one without a folder is named.
+            (<arm>/<task>/[<grid>/]seed<k>) that should exist, so that one without a folder is named; "claims", as
+            the recipe has them now: those of the run cards are decided without it.
 
     Raises:
         ValueError: there is no such folder.
@@ -74,6 +75,8 @@ def write_report(recipe_dir: Path, recipe_text: Mapping[str, Any] | None = None)
     drawn = _write_figures(study, recipe_dir / "figures")
     html, markdown = recipe_dir / "report.html", recipe_dir / "report.md"
     summary, metrics = recipe_dir / "summary.csv", recipe_dir / "metrics_long.csv"
+    if study.verdicts:
+        _write(recipe_dir / "claims.csv", claims.table(study.verdicts).to_csv(index=False, lineterminator="\n"))
     _write(html, render(study))
     _write(
         markdown, markdown_text(study, [path.relative_to(recipe_dir).as_posix() for path in drawn], _findings(markdown))
@@ -95,13 +98,15 @@ def read_study(recipe_dir: Path, recipe_text: Mapping[str, Any]) -> Study:
         runs=tuple(run for group in groups for run in group.runs),
         groups=groups,
         missing=tuple(run_id for run_id in recipe_text.get("planned") or () if run_id not in existing),
+        verdicts=tuple(claims.judge(runs, recipe_text.get("claims"))),
     )
 
 
 def summary_lines(runs: Sequence[Run], arms: Sequence[str] = ()) -> list[str]:
     """At most 15 lines for a terminal: a row a setting, in the order of `arms`, and which runs are not done."""
     groups = group_runs(runs, arms)
-    shown = groups[: MAX_LINES - 5]
+    ends = claims.lines(claims.judge(runs, noise=False))
+    shown = groups[: max(4, MAX_LINES - 5 - len(ends))]
     columns = [column for column in recorded_columns(groups) if column.slug in TERMINAL_COLUMNS]
     header = ["arm", "gradient follows", *(column.name for column in columns), "steps", "± over"]
     rows = _cells(shown, columns)
@@ -110,7 +115,8 @@ def summary_lines(runs: Sequence[Run], arms: Sequence[str] = ()) -> list[str]:
     lines += ["Means of the last ten steps."] if rows else []
     waiting = [f"{run.run_id} ({run.status})" for run in runs if not run.is_done]
     more = f" and {len(waiting) - 4} more" if len(waiting) > 4 else ""
-    return lines + ([f"Not done: {', '.join(waiting[:4])}{more}"] if waiting else [])
+    lines += [f"Not done: {', '.join(waiting[:4])}{more}"] if waiting else []
+    return lines + (ends if len(ends) <= MAX_LINES - len(lines) else [*ends[: MAX_LINES - len(lines) - 1], "..."])
 
 
 def markdown_text(study: Study, drawn: Sequence[str], findings: str = "") -> str:
@@ -120,12 +126,15 @@ def markdown_text(study: Study, drawn: Sequence[str], findings: str = "") -> str
         f"klreg_verl, recipe `{study.name}`: {counts(study)}.",
         f"{FINDINGS[0]}\n{findings.strip()}\n{FINDINGS[1]}" if findings.strip() else "\n".join(FINDINGS),
         f"## What this is, and what it is not\n\n{scope(study.groups)}",
+        _section("Claims", _claim_lines(study)),
         _section("Runs that are not finished or not whole", _unfinished_lines(study)),
         _section("Alarms", _table(("run", "alarm", "where"), alarms(study.runs))),
         _section("At the end", _summary_markdown(study)),
         _section("Figures", _figures_markdown(study, drawn)),
         _section("What each arm's gradient followed", _gradient_lines(study)),
         _section("Held-out evaluation", _evaluation_tables(study)),
+        _section("Skills that were not trained", _retention_tables(study)),
+        _section("Checkpoints evaluated", _checkpoint_tables(study)),
         _section("Can the measurements be trusted?", _table(("looked at", "found", "should be"), checks(study.groups))),
         _section("Run cards", _card_lines(study)),
     ]
@@ -190,6 +199,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]) if lines else ""
 
 
+def _claim_lines(study: Study) -> str:
+    told = [f"- {sentence}" for sentence in claims.sentences(study.verdicts)]
+    return "\n".join([claims.NOTE, "", *told]) if told else ""
+
+
 def _unfinished_lines(study: Study) -> str:
     told = [(run, "; ".join(text for text in (run.reason, *run.problems) if text)) for run in unfinished(study.runs)]
     lines = [f"- `{run.run_id}`: {run.status} at step {run.last_step}{': ' if why else ''}{why}" for run, why in told]
@@ -230,6 +244,28 @@ def _evaluation_tables(study: Study) -> str:
             body = [[group.label, *(stats.text(value, 3) for value in values)] for group, values in rows]
             parts.append(f"`{key}`\n\n{_table(['arm', *(f'step {step}' for step in table.steps)], body)}")
     return "\n\n".join(parts)
+
+
+def _retention_tables(study: Study) -> str:
+    rows = [
+        (task if len(study.tasks) > 1 else "", group.label, *texts)
+        for task in study.tasks
+        for group, skills in retention.retained(study.of_task(task))
+        for texts in retention.retained_cells(skills)
+    ]
+    head = ("task", "arm", "skill", "before", "after", "change")
+    several = len(study.tasks) > 1
+    table = _table(head if several else head[1:], rows if several else [row[1:] for row in rows])
+    return f"{table}\n\n{retention.RETENTION_NOTE}" if rows else ""
+
+
+def _checkpoint_tables(study: Study) -> str:
+    found = retention.evaluated(study.runs)
+    parts = []
+    for task in dict.fromkeys(row.task for row in found):
+        rows = [retention.cells(row, f"{row.run.label}, seed {row.run.seed}") for row in found if row.task == task]
+        parts.append(f"`{task}`\n\n{_table(retention.HEAD, rows)}")
+    return "\n\n".join([*parts, retention.EVALUATION_NOTE]) if parts else ""
 
 
 def _card_lines(study: Study) -> str:

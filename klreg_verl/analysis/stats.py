@@ -1,4 +1,4 @@
-"""Means of windows of steps with their standard errors, differences of such means, and smoothing for the eye.
+"""Windows of steps, smoothing for the eye, and numbers as texts. The statistics themselves are core.statistics's.
 
 A standard error here is sd / sqrt(n) with the n - 1 standard deviation. Over the steps of one run it takes the steps as
 independent and says nothing about other seeds; over seeds it is the spread between runs. Both are called by their name
@@ -14,17 +14,30 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from klreg_verl.core.statistics import Estimate, difference, mean_and_error, paired
+
+__all__ = [
+    "WINDOW",
+    "Change",
+    "Estimate",
+    "block_means",
+    "change",
+    "clear_sign",
+    "decimals",
+    "difference",
+    "last_steps",
+    "mean_and_error",
+    "mean_change",
+    "number",
+    "paired_difference",
+    "places",
+    "smooth",
+    "smoothing_window",
+    "text",
+]
+
 WINDOW = 10
 """Steps in "the first" and "the last steps" of a run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A mean, its standard error (NaN when there are fewer than two values), and the number of values."""
-
-    mean: float
-    standard_error: float
-    num: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +55,9 @@ class Change:
         return clear_sign(self.difference)
 
 
-def mean_and_error(values: Iterable[float]) -> Estimate:
-    """The mean of the values that are not NaN, with sd / sqrt(n)."""
-    known = np.asarray([value for value in values if not math.isnan(value)], dtype=np.float64)
-    if not len(known):
-        return Estimate(mean=math.nan, standard_error=math.nan, num=0)
-    error = float(known.std(ddof=1) / math.sqrt(len(known))) if len(known) > 1 else math.nan
-    return Estimate(mean=float(known.mean()), standard_error=error, num=len(known))
-
-
 def last_steps(values: Sequence[float], window: int = WINDOW) -> Estimate:
     """Mean over the last ``window`` steps (all of them if there are fewer)."""
     return mean_and_error(list(values)[-window:])
-
-
-def difference(left: Estimate, right: Estimate) -> Estimate:
-    """left - right, the two taken as independent: the standard errors add in squares."""
-    error = math.hypot(left.standard_error, right.standard_error)
-    return Estimate(mean=left.mean - right.mean, standard_error=error, num=min(left.num, right.num))
 
 
 def change(values: Sequence[float], window: int = WINDOW) -> Change | None:
@@ -92,8 +90,7 @@ def mean_change(changes: Sequence[Change]) -> Change:
 
 def paired_difference(left: Mapping[int, float], right: Mapping[int, float]) -> Estimate:
     """left - right over the seeds that both have, each value standing under its seed."""
-    shared = sorted(left.keys() & right.keys())
-    return mean_and_error(left[seed] - right[seed] for seed in shared)
+    return mean_and_error(paired(left, right).differences.tolist())
 
 
 def clear_sign(estimate: Estimate) -> int:

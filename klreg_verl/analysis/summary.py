@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from klreg_verl.analysis import stats
-from klreg_verl.analysis.runs import Run
+from klreg_verl.analysis.runs import Run, mapping
 from klreg_verl.analysis.stats import Estimate
 
 ACCURACY = "train/accuracy"
@@ -287,7 +287,9 @@ def facts(provenance: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in provenance.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
+        if name == "claims":  # the report has a section of its own for them
+            flat["claims.sha256"] = _short(mapping(value).get("sha256"))
+        elif isinstance(value, Mapping):
             flat |= facts(value, f"{name}.")
         elif name != "gradient":
             flat[name] = _short(value)

@@ -31,6 +31,11 @@ _ROWS = (
     ("memory/peak_gb", "GB", "peak memory of the largest training worker"),
     ("train/accuracy", "fraction", "responses of the batch that are right"),
     ("train/score", "reward", "mean score of the task, before any KL"),
+    (
+        "train/ungraded",
+        "fraction",
+        "responses whose grading ended without a verdict (time or memory) and count as wrong",
+    ),
     ("reward/penalized", "reward", "mean of score - beta * S, S the response-summed charge; the score outside reward"),
     ("response/length", "tokens", "mean number of response tokens"),
     ("response/truncated", "fraction", "responses cut at the token limit"),
@@ -89,6 +94,12 @@ _ROWS = (
     ("diversity/unique_valid", "answers", "distinct right answers per prompt"),
     ("diversity/coverage", "fraction", "distinct right answers over possible ones, per prompt where that is known"),
     ("eval/<task>/accuracy", "fraction", "right responses on the task's held-out prompts"),
+    (
+        "eval/<task>/pass@<k>",
+        "fraction",
+        "prompts with a right one among k samples, exact over all subsets (`klreg eval`)",
+    ),
+    ("retention/<skill>", "fraction", "right responses on held-out prompts of a skill that the run does not train"),
 )
 METRICS: dict[str, Metric] = {key: Metric(key=key, unit=unit, meaning=meaning) for key, unit, meaning in _ROWS}
 

@@ -1,8 +1,8 @@
 """A recipe to its runs: arms x tasks x grid points x seeds, in the order written, each named and hashed by content.
 
 Two runs with the same hash compute the same thing. Not hashed are names (recipe, arm, task), so that renaming harms
-nothing; the number of steps, so that a run can be extended; and what only watches (save, samples, logging). Paths are
-hashed relative to the recipe's folder, so that a study can move with its data.
+nothing; the number of steps, so that a run can be extended; and what only watches (probes, alarms, retention, save,
+samples, logging). Paths are hashed relative to the recipe's folder, so that a study can move with its data.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from klreg_verl.experiment import strict
 from klreg_verl.experiment.recipe import (
     AlarmsSpec,
     Cell,
+    ClaimSpec,
     EvalSpec,
     KLSpec,
     LoggingSpec,
@@ -28,6 +29,7 @@ from klreg_verl.experiment.recipe import (
     Recipe,
     ReferenceSpec,
     ResourcesSpec,
+    RetentionSpec,
     SamplesSpec,
     SaveSpec,
     TaskSpec,
@@ -42,8 +44,10 @@ _NOT_CONTENT = (
     "arm",
     "task_name",
     "grid",
+    "claims",
     "probes",
     "alarms",
+    "retention",
     "save",
     "samples",
     "logging",
@@ -72,12 +76,15 @@ class RunSpec:
     probes: ProbesSpec = ProbesSpec()
     alarms: AlarmsSpec = AlarmsSpec()
     eval: EvalSpec
+    retention: RetentionSpec = RetentionSpec()
     save: SaveSpec
     samples: SamplesSpec
     logging: LoggingSpec
     resources: ResourcesSpec
     verl: Mapping[str, Any] = field(default_factory=dict)
     """Flat dotted keys of verl's own."""
+    claims: Mapping[str, ClaimSpec] = field(default_factory=dict)
+    """What the recipe is to decide; not part of what is computed, but hashed into the run's card."""
 
     @property
     def hash(self) -> str:
@@ -149,6 +156,7 @@ def _spec(recipe: Recipe, cell: Cell, seed: int) -> RunSpec:
         grid=cell.grid,
         seed=seed,
         task=replace(cell.task, settings={}),
+        claims=recipe.claims,
         **sections,
     )
 

@@ -19,11 +19,13 @@ import functools
 import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from klreg_verl.experiment import claims as claiming
 from klreg_verl.experiment import strict
+from klreg_verl.experiment.claims import ClaimSpec
 from klreg_verl.experiment.kl_settings import AlarmsSpec, KLSpec, ProbesSpec, ReferenceSpec
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.settings import (
@@ -33,17 +35,20 @@ from klreg_verl.experiment.settings import (
     LoggingSpec,
     ModelSpec,
     ResourcesSpec,
+    RetentionSpec,
     SamplesSpec,
     SaveSpec,
     Settings,
+    SkillSpec,
     TaskSpec,
     TrainSpec,
 )
-from klreg_verl.experiment.strict import ConfigError, Node
+from klreg_verl.experiment.strict import ConfigError, FieldError, Node
 
 __all__ = [
     "AlarmsSpec",
     "Cell",
+    "ClaimSpec",
     "EvalSpec",
     "KLBlock",
     "KLSpec",
@@ -53,9 +58,11 @@ __all__ = [
     "Recipe",
     "ReferenceSpec",
     "ResourcesSpec",
+    "RetentionSpec",
     "SamplesSpec",
     "SaveSpec",
     "Settings",
+    "SkillSpec",
     "TaskSpec",
     "TrainSpec",
     "check_claims",
@@ -64,7 +71,7 @@ __all__ = [
     "load_kl",
 ]
 
-_TOP = ("question", "base", "tasks", "seeds", "arms", "grid", *SECTIONS)
+_TOP = ("question", "base", "tasks", "seeds", "arms", "grid", "claims", *SECTIONS)
 
 # ---------------------------------------------------------------------------------------------------- the recipe
 
@@ -98,6 +105,8 @@ class Recipe:
     grid: Mapping[str, tuple[Any, ...]]
     cells: tuple[Cell, ...]
     """Arms x tasks x grid points, in the order written."""
+    claims: Mapping[str, ClaimSpec] = field(default_factory=dict)
+    """What the runs are to decide, by name; each with its task."""
     overrides: tuple[str, ...] = ()
 
     @property
@@ -224,6 +233,29 @@ def _normalise_sections(node: Node) -> Node:
         if of is not None and isinstance(of.value, dict) and "path" in of.value:
             path = of.value["path"]
             children[section] = of.with_value({**of.value, "path": path.with_value(_model_path(path))})
+    if "retention" in children:
+        children["retention"] = _normalise_retention(children["retention"])
+    return node.with_value(children)
+
+
+def _normalise_retention(node: Node) -> Node:
+    """Files of skills, absolute."""
+    skills = node.value.get("skills") if isinstance(node.value, dict) else None
+    if skills is None or not isinstance(skills.value, dict):
+        return node
+    made = {name: _with_paths(skill, ("val",)) for name, skill in skills.value.items()}
+    return node.with_value({**node.value, "skills": skills.with_value(made)})
+
+
+def _with_paths(node: Node, keys: Sequence[str]) -> Node:
+    """The mapping with the files that these keys name absolute."""
+    if not isinstance(node.value, dict):
+        return node
+    children = dict(node.value)
+    for key in keys:
+        if key in children and isinstance(children[key].value, str) and children[key].value:
+            target = node.folder / Path(children[key].value).expanduser()
+            children[key] = children[key].with_value(str(target.resolve()))
     return node.with_value(children)
 
 
@@ -239,13 +271,25 @@ def _model_path(node: Node) -> Any:
 def _normalise_task(node: Node) -> Node:
     if not isinstance(node.value, dict):
         return node
-    children = dict(node.value)
-    for key in ("train", "val"):
-        if key in children and isinstance(children[key].value, str) and children[key].value:
-            target = node.folder / Path(children[key].value).expanduser()
-            children[key] = children[key].with_value(str(target.resolve()))
+    children = dict(_with_paths(node, ("train", "val")).value)
+    if "options" in children:
+        children["options"] = _normalise_options(children["options"])
     if "settings" in children:
         children["settings"] = _normalise_sections(children["settings"])
+    return node.with_value(children)
+
+
+def _normalise_options(node: Node) -> Node:
+    """Files and folders that a builtin's data is made from, absolute."""
+    if not isinstance(node.value, dict):
+        return node
+    children = dict(node.value)
+    for key in ("source", "evaluation"):
+        if key in children and isinstance(children[key].value, str) and children[key].value not in ("", "hub"):
+            target = node.folder / Path(children[key].value).expanduser()
+            children[key] = children[key].with_value(str(target.resolve()))
+    if "tokenizer" in children:
+        children["tokenizer"] = children["tokenizer"].with_value(_model_path(children["tokenizer"]))
     return node.with_value(children)
 
 
@@ -408,6 +452,7 @@ class _Composer:
             seeds=self.seeds(),
             grid={key: tuple(map(strict.plain, nodes)) for key, nodes in grid.items()},
             cells=tuple(cells),
+            claims=self.claims(cells, list(arms), list(tasks)),
             overrides=overrides,
         )
 
@@ -521,6 +566,32 @@ class _Composer:
         kl = merged.mapping().get("kl", merged)
         place = f"{kl.place}: {kl.path or f'arms.{arm}.kl'}"
         return Cell(arm=arm, task_name=task, grid=point.values, task=spec, settings=settings, kl_place=place)
+
+    def claims(self, cells: Sequence[Cell], arms: Sequence[str], tasks: Sequence[str]) -> dict[str, ClaimSpec]:
+        """The claims by name, each with its task; ConfigError with all that cannot be decided by any run."""
+        found: dict[str, ClaimSpec] = {}
+        problems: list[str] = []
+        for name, node in (self.children["claims"].mapping() if "claims" in self.children else {}).items():
+            try:
+                found[name] = self.claim(name, node, cells, arms, tasks)
+            except ConfigError as error:
+                problems.extend(error.problems)
+        if problems:
+            raise ConfigError(problems)
+        return found
+
+    @staticmethod
+    def claim(name: str, node: Node, cells: Sequence[Cell], arms: Sequence[str], tasks: Sequence[str]) -> ClaimSpec:
+        claim = strict.build(ClaimSpec, node)
+        task = claim.task or tasks[0]
+        of_task = [cell for cell in cells if cell.task_name == task]
+        betas = {arm: [cell.settings.kl.beta for cell in of_task if cell.arm == arm] for arm in arms}
+        try:
+            claiming.check(name, claim, arms=arms, tasks=tasks, betas=betas)
+        except FieldError as error:
+            child = node.mapping().get(error.field)
+            raise (child or node).error(error.message, below="" if child else error.field) from None
+        return replace(claim, task=task)
 
     def raise_problems(self, num_arms: int) -> None:
         """All problems of all cells; one that concerns only some arms says which."""

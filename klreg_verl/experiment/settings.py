@@ -60,7 +60,7 @@ class ModelSpec:
 class TaskSpec:
     """Data and reward: either a builtin with its options, or the user's own train, val and reward."""
 
-    builtin: Literal["palindrome"] | None = None
+    builtin: Literal["palindrome", "deepscaler"] | None = None
     """A task that comes with the project."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the builtin's data."""
@@ -70,6 +70,8 @@ class TaskSpec:
     """Parquet file of validation prompts."""
     reward: str | None = None
     """`pkg.module:function` with verl's custom-reward signature."""
+    reward_options: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of the reward function; of a builtin: data_prep.rewards.RewardOptions, e.g. `{thinks: true}` for R1."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Sections for this task's runs, written as in an arm."""
 
@@ -82,7 +84,7 @@ class TaskSpec:
 
     def _check_own(self, own: Mapping[str, str]) -> None:
         if missing := [name for name in ("train", "val", "reward") if not own.get(name)]:
-            raise FieldError(missing[0], "missing. A task is `builtin: palindrome`, or all of train, val and reward.")
+            raise FieldError(missing[0], "missing. A task has a `builtin`, or all of train, val and reward.")
         if self.options:
             raise FieldError("options", "has no effect on files that exist. Options belong to a builtin task.")
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", own["reward"]):
@@ -190,6 +192,47 @@ class EvalSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SkillSpec:
+    """A skill that the starting model may have and the run does not train: a built-in one, or prompts of the user's."""
+
+    val: str | None = None
+    """Parquet file of prompts in verl's schema; null: the built-in skill of this name (data_prep/skills.py)."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the built-in skill's data."""
+
+    def __post_init__(self) -> None:
+        if self.val == "":
+            raise FieldError("val", "is empty. Give a parquet file, or null for the built-in skill of this name.")
+        if self.val is not None and self.options:
+            raise FieldError("options", "has no effect on a file that exists. Options belong to a built-in skill.")
+        if set_here := sorted({"skill", "size"} & set(self.options)):
+            said = {"skill": "the key above says it", "size": "retention.prompts says it"}[set_here[0]]
+            raise FieldError(f"options.{set_here[0]}", f"has no effect: {said}. Leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionSpec:
+    """What the model should not forget: validated with the task, before training and at the end at least.
+
+    A skill's accuracy is logged as retention/<name>; alarms.retention_drop watches it, the report compares first and
+    last. Sampled as `eval` says; graded by data_prep.rewards, also beside a task with a reward of its own.
+    """
+
+    skills: Mapping[str, SkillSpec] = field(default_factory=dict)
+    """By name: `{spell_backward: {}, gsm8k: {val: data/gsm8k.parquet}}`."""
+    prompts: int = 64
+    """Of each skill; of a file the first ones."""
+
+    def __post_init__(self) -> None:
+        _at_least("prompts", self.prompts, 1)
+        for name in self.skills:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise FieldError(f"skills.{name}", "is part of a metric's name. Use letters, digits, _ and -.")
+        if not self.skills and self.prompts != RetentionSpec.prompts:
+            raise FieldError("prompts", f"{self.prompts} has no effect without skills. Name some, or leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SaveSpec:
     """Checkpoints to resume from."""
 
@@ -267,6 +310,7 @@ class Settings:
     probes: ProbesSpec = ProbesSpec()
     alarms: AlarmsSpec = AlarmsSpec()
     eval: EvalSpec = EvalSpec()
+    retention: RetentionSpec = RetentionSpec()
     save: SaveSpec = SaveSpec()
     samples: SamplesSpec = SamplesSpec()
     logging: LoggingSpec = LoggingSpec()
@@ -277,6 +321,7 @@ class Settings:
     def __post_init__(self) -> None:
         self._check_batch()
         self._check_kl()
+        self._check_retention()
         for outer, inner in itertools.permutations(self.verl, 2):
             if inner.startswith(outer + "."):
                 raise FieldError("verl", f"{outer!r} and {inner!r} contradict: one is inside the other. Keep one.")
@@ -296,6 +341,15 @@ class Settings:
         check_drawn(self.kl, self.reference, starting_model=self.model.path, lora=lora)
         if self.kl.is_drawn:
             self._check_draw()
+
+    def _check_retention(self) -> None:
+        if self.retention.skills and not self.eval.before:
+            raise FieldError(
+                "eval.before", "false leaves out what the starting model could do: retention needs it. Say true."
+            )
+        if self.alarms.retention_drop is not None and not self.retention.skills:
+            why = "has no effect: no skill is measured. Name some in retention.skills."
+            raise FieldError("alarms.retention_drop", f"{self.alarms.retention_drop} {why}")
 
     def _check_draw(self) -> None:
         responses = self.train.prompts_per_update * self.train.responses_per_prompt
@@ -330,8 +384,10 @@ _SPECS = (
     TrainSpec,
     KLSpec,
     ReferenceSpec,
+    ProbesSpec,
     AlarmsSpec,
     EvalSpec,
+    RetentionSpec,
     SaveSpec,
     SamplesSpec,
     LoggingSpec,

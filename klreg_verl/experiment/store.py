@@ -7,7 +7,8 @@
     samples/         step_000012.parquet                    atomic
     evals/           step<N>-<task>-<hash>.parquet
     checkpoints/     verl's and ours
-    attempts/<n>/    logs; discarded.jsonl and what was sampled after the step that the next attempt resumed from
+    attempts/<n>/    logs; end.json, how it ended; stop, where it was asked to; discarded.jsonl and what was sampled
+                     after the step that the next attempt resumed from
     latest           link to the newest attempt
     .lock            held with flock while a process works here; freed by the kernel when that process dies
 
@@ -49,6 +50,11 @@ class RunLocked(RuntimeError):
 def runs_root(cli_value: Path | None = None) -> Path:
     """Where runs lie: the command's --runs-dir, else KLREG_RUNS, else ./runs; absolute."""
     return Path(cli_value or os.environ.get("KLREG_RUNS") or "runs").expanduser().resolve()
+
+
+def cache_root(runs_dir: Path) -> Path:
+    """Where built data and models live: KLREG_CACHE, or .cache beside the runs."""
+    return Path(os.environ.get("KLREG_CACHE") or runs_dir / ".cache").expanduser().resolve()
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -280,6 +286,20 @@ class RunFolder:
         )
         write_json(self.state_path, asdict(state))
         return state
+
+    # ------------------------------------------------------------------------------------------------ stop
+
+    def ask_to_stop(self) -> None:
+        """Asks the newest attempt to save after the step in hand and to end there; the trainer looks once a step."""
+        self._stop_path.touch()
+
+    def stop_asked(self) -> bool:
+        """Whether the newest attempt was asked to stop; a later attempt starts unasked."""
+        return self._stop_path.exists()
+
+    @property
+    def _stop_path(self) -> Path:
+        return self.latest / "stop"
 
     # ------------------------------------------------------------------------------------------------ metrics
 

@@ -58,14 +58,19 @@ def load(path: Path, *, device: str = "cpu", trust_remote_code: bool = False) ->
         raise ValueError(f"There is no folder {path}. Name a model folder in Hugging Face format, or a checkpoint.")
     actor = next((folder for folder in (path, path / "actor") if shards.has_shards(folder)), None)
     described = path if actor is None else actor / "huggingface"
-    _require(described, ("config.json",), "no configuration (config.json)")
-    _require(described, _TOKENIZER, "no tokenizer (tokenizer.json)")
+    require_described(described)
     if actor is None:
         _require(path, _WEIGHTS, "no weights (*.safetensors)")
-    with _quiet():
+    with quiet():
         tokenizer = _opened(path, lambda: _auto("AutoTokenizer", described, trust_remote_code=trust_remote_code))
         network = _opened(path, lambda: _network(described, actor, trust_remote_code))
     return Model(path=path, network=network.to(device).eval(), tokenizer=tokenizer)
+
+
+def require_described(folder: Path) -> None:
+    """ValueError unless a folder holds a model's configuration and its tokenizer."""
+    _require(folder, ("config.json",), "no configuration (config.json)")
+    _require(folder, _TOKENIZER, "no tokenizer (tokenizer.json)")
 
 
 def check_same_vocabulary(policy: Model, reference: Model) -> None:
@@ -119,7 +124,7 @@ def _opened(path: Path, read: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' progress bars, and warnings about workers that saved a checkpoint and do not run here, stay off."""
     import logging
 

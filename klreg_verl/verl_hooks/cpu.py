@@ -39,11 +39,16 @@ ENVIRONMENT = {
 
 def activate() -> None:
     """Make verl and vLLM run on this CPU; must run before verl's workers are imported."""
-    _answer_for_vllm()
+    activate_vllm()
     _register_platform()
     after_import("verl.utils.distributed", _name_cpu_once)
     after_import("verl.workers.engine.fsdp.transformer_impl", _never_pin_memory)
     after_import("verl.workers.rollout.vllm_rollout.utils", _copy_received_weights)
+
+
+def activate_vllm() -> None:
+    """Make vLLM alone run on this CPU, and let it load other weights in place; must run before vLLM is imported."""
+    _answer_for_vllm()
     after_import("vllm.model_executor.layers.utils", _keep_linear_weights)
     after_import("vllm.distributed.device_communicators.shm_broadcast", _never_spin)
 

@@ -53,7 +53,9 @@ def reward_metrics(rows: Rows, valid: Tensor, max_response_tokens: int) -> dict[
     """Accuracy, score and length; truncated is what fills the token limit, whatever the reward says."""
     lengths = rows.response_mask.sum(-1).double()
     truncated = [float(len(tokens) >= max_response_tokens) for tokens in rows.responses]
+    ungraded = [float(extras["timeout"]) for extras in rows.reward_extras if "timeout" in extras]
     return {
+        **({"train/ungraded": sum(ungraded) / len(ungraded)} if ungraded else {}),
         "train/accuracy": valid.double().mean().item(),
         "train/score": rows.scores.double().mean().item(),
         "response/length": lengths.mean().item(),
@@ -145,7 +147,13 @@ def evaluation_metrics(
     shares: dict[str, list[float]] = {}
     for (source, uid), count in expected.items():
         shares.setdefault(source, []).append(totals[source, uid] / count)
-    return {f"eval/{source}/accuracy": sum(values) / len(values) for source, values in shares.items()}
+    return {_accuracy_key(source): sum(values) / len(values) for source, values in shares.items()}
+
+
+def _accuracy_key(source: str) -> str:
+    """A skill beside the task is retained, not learned."""
+    skill = source.removeprefix("skill/")
+    return f"eval/{source}/accuracy" if skill == source else f"retention/{skill}"
 
 
 def samples_columns(rows: Rows, step: int, row_of: dict[str, int], decode: Any) -> dict[str, list[Any]]:

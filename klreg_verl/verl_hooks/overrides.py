@@ -21,6 +21,7 @@ Settings = dict[str, Any]
 ACTOR, ROLLOUT, REF, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref", "model"))
 
 REWARD_MODULE = "pkg://data_prep.rewards"
+RETENTION_MODULE = "pkg://data_prep.retention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class Files:
     val: Path
     model: Path
     checkpoints: Path
+    retention: tuple[Path, ...] = ()
+    """Prompts of skills that the run does not train, validated with the task's."""
 
 
 def settings(spec: RunSpec, files: Files, platform: str) -> Settings:
@@ -69,10 +72,9 @@ def verl_command(values: Mapping[str, Any], environment: Mapping[str, str]) -> s
 
 
 def _data(spec: RunSpec, files: Files) -> Settings:
-    reward = spec.task.reward.split(":") if spec.task.reward else None
     return {
         "data.train_files": str(files.train),
-        "data.val_files": str(files.val),
+        "data.val_files": [str(files.val), *map(str, files.retention)] if files.retention else str(files.val),
         "data.train_batch_size": spec.train.prompts_per_step,
         "data.max_prompt_length": spec.train.max_prompt_tokens,
         "data.max_response_length": spec.train.max_response_tokens,
@@ -80,9 +82,21 @@ def _data(spec: RunSpec, files: Files) -> Settings:
         "data.shuffle": True,
         "data.validation_shuffle": False,
         "data.dataloader_num_workers": 0,
-        "reward.custom_reward_function.path": f"pkg://{reward[0]}" if reward else REWARD_MODULE,
-        "reward.custom_reward_function.name": reward[1] if reward else "compute_score",
+        **_reward(spec),
     }
+
+
+def _reward(spec: RunSpec) -> Settings:
+    """The function that grades; beside a user's own, skills are still graded by this project."""
+    function, own = "reward.custom_reward_function", spec.task.reward
+    options = {f"{function}.reward_kwargs.{name}": value for name, value in spec.task.reward_options.items()}
+    if own is None:
+        return {f"{function}.path": REWARD_MODULE, f"{function}.name": "compute_score"} | options
+    if not spec.retention.skills:
+        module, _, name = own.partition(":")
+        return {f"{function}.path": f"pkg://{module}", f"{function}.name": name} | options
+    both = {f"{function}.path": RETENTION_MODULE, f"{function}.name": "compute_score"}
+    return both | {f"{function}.reward_kwargs.own": own} | options
 
 
 def _model(spec: RunSpec, files: Files) -> Settings:
@@ -173,9 +187,14 @@ def _trainer(spec: RunSpec, files: Files) -> Settings:
         "trainer.resume_mode": "auto",
         "trainer.save_freq": spec.save.every,
         "trainer.max_actor_ckpt_to_keep": None,  # recorder.py prunes: verl forgets what it saved after a restart
-        "trainer.test_freq": spec.eval.every or -1,
+        "trainer.test_freq": spec.eval.every or _only_at_the_end(spec),
         "trainer.val_before_train": spec.eval.before,
     }
+
+
+def _only_at_the_end(spec: RunSpec) -> int:
+    """verl validates the last step whenever it validates at all; -1: never."""
+    return spec.train.steps if spec.retention.skills else -1
 
 
 _FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}

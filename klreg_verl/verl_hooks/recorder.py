@@ -38,7 +38,11 @@ class Recorder:
 
     def wants_checkpoint(self, step: int) -> bool:
         """verl saves the last step whenever it saves at all; `save.at_end: false` is for large models."""
-        return self.spec.save.at_end or step % self.spec.save.every == 0
+        return self.spec.save.at_end or step % self.spec.save.every == 0 or self.folder.stop_asked()
+
+    def has_saved(self, step: int) -> bool:
+        """Whether verl has written this step's checkpoint, which its metrics line will make whole."""
+        return self._unmarked == step
 
     def checkpoint_saved(self, step: int) -> None:
         """verl has written its files; the checkpoint counts once this step's line is on the disk, too."""

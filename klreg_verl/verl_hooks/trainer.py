@@ -194,7 +194,10 @@ class KLRegTrainer(PPOTrainerSync):
 
     def _val_metrics_update(self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns, **expected) -> dict:
         counts = expected["expected_acc_counts"]
-        return measure.evaluation_metrics(data_sources, sample_uids, reward_extra_infos_dict, counts)
+        found = measure.evaluation_metrics(data_sources, sample_uids, reward_extra_infos_dict, counts)
+        if self.global_steps == 0:
+            self.watch.begin(found)
+        return found
 
     def _save_checkpoint(self) -> None:
         if self.recorder is not None and not self.recorder.wants_checkpoint(self.global_steps):

@@ -27,6 +27,10 @@ class Watch:
         """Start from the lines that earlier attempts left."""
         self.history = list(lines)
 
+    def begin(self, metrics: Mapping[str, Any]) -> None:
+        """What the starting model could do: retention_drop is measured against it."""
+        self.history.append({"step": 0, **numbers(metrics)})
+
     def check(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """alarm/<name> = 1 for each alarm that this step's metrics raise; each is printed, too."""
         self.history.append({"step": step, **numbers(metrics)})

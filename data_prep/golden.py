@@ -1,0 +1,106 @@
+r"""The right answer of a mathematics item as one string, whatever type its file gives it.
+
+Published files hold numbers (AMC: 142.0), lists of alternatives with a newline at their end (Minerva), lists of one
+with dollar signs around it (OlympiadBench), LaTeX, nulls and empty strings. verl concatenates files and fails where a
+column is text in one and a number in another, so all of them become text:
+
+    142.0 -> 142        0.25 -> 0.25        "$2$" -> 2        "\\boxed{2}" -> 2        None, "", nan, [] -> no answer
+    ["9.6\n"] -> 9.6    ["a", "b"] -> ["a", "b"], JSON: any of them is right
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+NO_ANSWER = frozenset({"", "None", "null", "nan", "NaN"})
+_WRAPPED = tuple(
+    re.compile(pattern, re.DOTALL)
+    for pattern in (r"\$\$([^$]*)\$\$", r"\$([^$]*)\$", r"\\\(((?:(?!\\\)).)*)\\\)", r"\\\[((?:(?!\\\]).)*)\\\]")
+)
+
+
+def golden_text(value: Any) -> str:
+    """The ground truth as text, a JSON list where there are several different right answers, "" for none.
+
+    Raises ValueError for a type that no answer has (a mapping, bytes).
+    """
+    answers = list(dict.fromkeys(text for text in map(_one, _flat(value)) if text))
+    if not answers:
+        return ""
+    return answers[0] if len(answers) == 1 and not _is_list(answers[0]) else json.dumps(answers, ensure_ascii=False)
+
+
+def alternatives(ground_truth: str) -> list[str]:
+    """The right answers that a ground truth of `golden_text` names, one or several."""
+    return json.loads(ground_truth) if _is_list(ground_truth) else [ground_truth]
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
+
+
+def _one(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "" if value is None else str(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float | Decimal):
+        return _number(Decimal(repr(value)) if isinstance(value, float) else value)
+    if isinstance(value, str):
+        return _bare(value)
+    raise ValueError(f"a {type(value).__name__} is no answer; text, a number, or a list of them is")
+
+
+def _number(value: Decimal) -> str:
+    """Without exponent and without a fraction of zeros: 142.0 -> 142."""
+    if not value.is_finite():
+        return ""
+    text = format(value, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _bare(text: str) -> str:
+    """Without white space, dollar signs or a box around the whole."""
+    text = text.strip()
+    inner = _unboxed(text)
+    for pattern in _WRAPPED:
+        if inner == text and (found := pattern.fullmatch(text)):
+            inner = found.group(1)
+    if inner != text:
+        return _bare(inner)
+    return "" if text in NO_ANSWER else text
+
+
+def _unboxed(text: str) -> str:
+    """What is inside \\boxed{...}, if that is all of the text and its braces are balanced."""
+    if not (text.startswith(r"\boxed{") and text.endswith("}")) or text.endswith("\\}"):
+        return text
+    inner, depth = text[7:-1], 0
+    for before, character in zip("x" + inner, inner, strict=False):
+        depth += 0 if before == "\\" else {"{": 1, "}": -1}.get(character, 0)
+        if depth < 0:
+            return text
+    return inner if depth == 0 else text
+
+
+def _is_list(text: str) -> bool:
+    """Whether a ground truth would be read as a JSON list of strings."""
+    if not text.startswith("["):
+        return False
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, list) and bool(found) and all(isinstance(item, str) for item in found)
+
+
+def is_number(text: str) -> bool:
+    """Whether an answer is a plain decimal number."""
+    return bool(re.fullmatch(r"-?\d+(\.\d+)?", text)) and math.isfinite(float(text))

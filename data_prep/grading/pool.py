@@ -1,0 +1,307 @@
+"""The worker processes of this process: started when first needed, killed at the time limit, replaced at once.
+
+Safe from many threads: each call has a child of its own, forked from one program that has math-verify imported, so a
+call that hangs holds up no other. After os.fork the child process forgets its parent's workers and starts its own.
+"""
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.grading import worker
+
+logger = logging.getLogger(__name__)
+
+LIMIT_SECONDS = 2.0
+MAX_WORKERS = max(4, min(16, os.cpu_count() or 1))
+"""Children at most; more calls at a time than that wait for one. With many more than cores, none would get its two
+seconds' worth."""
+START_SECONDS = 60.0
+"""For importing math-verify, which a cold network file system makes slow. It is no part of any answer's limit."""
+FORK_SECONDS = 5.0
+LEAST_SECONDS = 0.2
+"""What a call gets at least when its first child died and another one takes over."""
+
+
+class Ungraded(Exception):
+    """There is no verdict: the time limit was reached, or the worker died twice. Its text says which."""
+
+
+class _Gone(Exception):
+    """A process of ours is no more."""
+
+
+class _Failed(Exception):
+    """The program cannot start, and will not start the next time either."""
+
+
+@dataclass(frozen=True)
+class _Child:
+    """One forked grader."""
+
+    pid: int
+    link: socket.socket
+    program: "_Program"
+    is_warm: bool
+    """Forked after the program had loaded everything that grading loads on the way."""
+
+    def is_idle(self) -> bool:
+        """Alive with nothing to read: a closed link reads as ready."""
+        poll = select.poll()
+        poll.register(self.link, select.POLLIN)
+        return not poll.poll(0)
+
+    def ask(self, request: bytes, seconds: float) -> dict[str, Any]:
+        """Its reply. Raises TimeoutError after `seconds`, _Gone if it died."""
+        self.link.settimeout(seconds)
+        try:
+            self.link.send(request)
+            reply = self.link.recv(worker.MAX_MESSAGE)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise _Gone from error
+        if not reply:
+            raise _Gone
+        return json.loads(reply)
+
+
+class _Program:
+    """The process that has math-verify imported and forks children."""
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.process = self._start(theirs)
+        theirs.close()  # or its end would go unnoticed
+        self._is_ready = False
+
+    def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        # -I and -S: neither the environment nor .pth files change what it imports, and it starts sooner
+        paths = [path for path in sys.path if os.path.isabs(path)]
+        program = [sys.executable, "-I", "-S", worker.__file__, str(theirs.fileno()), json.dumps(paths)]
+        none = subprocess.DEVNULL
+        return subprocess.Popen(program, pass_fds=[theirs.fileno()], stdin=none, stdout=none, stderr=none, cwd="/")
+
+    def _await_ready(self) -> None:
+        self._control.settimeout(START_SECONDS)
+        try:
+            reply = json.loads(self._control.recv(worker.MAX_MESSAGE) or b'{"failed": "it ended while starting"}')
+        except OSError as error:
+            reply = {"failed": f"{type(error).__name__}: {error}"}
+        if "failed" in reply:
+            raise _Failed(f"the program that runs math-verify does not start ({reply['failed']})")
+        self._control.settimeout(FORK_SECONDS)
+        self._is_ready = True
+
+    def fork(self) -> _Child:
+        """A new child. Raises _Gone or TimeoutError if the program is dead or does not answer, _Failed if it cannot
+        start."""
+        if not self._is_ready:
+            self._await_ready()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            socket.send_fds(self._control, [b'{"task": "fork"}'], [theirs.fileno()])
+            reply = self._control.recv(worker.MAX_MESSAGE)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise _Gone from error
+        finally:
+            theirs.close()
+        if not reply:
+            raise _Gone
+        made = json.loads(reply)
+        return _Child(made["pid"], ours, self, made["warm"])
+
+    def bury(self, child: _Child) -> None:
+        """Has a child killed, without waiting for it. Raises _Gone if the program is dead."""
+        try:
+            self._control.send(json.dumps({"task": "bury", "pid": child.pid}).encode())
+        except OSError as error:
+            raise _Gone from error
+
+    def end(self) -> None:
+        """Ends the program; the kernel ends its children."""
+        self.forget()
+        self.process.kill()
+        self.process.wait()
+
+    def forget(self) -> None:
+        """Closes our end of the socket, which is what the program lives by."""
+        self._control.close()
+
+
+class Pool:
+    """Graders of this process. One is enough; tests make their own with other limits."""
+
+    def __init__(self, *, limit_seconds: float = LIMIT_SECONDS, max_workers: int = MAX_WORKERS) -> None:
+        self.limit_seconds = limit_seconds
+        self.max_workers = max_workers
+        self._reset()
+        _POOLS.add(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.RLock()
+        self._slots = threading.BoundedSemaphore(self.max_workers)
+        self._idle: list[_Child] = []
+        self._busy: set[_Child] = set()
+        self._program: _Program | None = None
+        self._broken = ""
+
+    def is_right(self, golds: Sequence[str], answer: str) -> bool:
+        """math-verify's verdict on whether an expression in LaTeX equals one of `golds`.
+
+        Raises:
+            Ungraded: no verdict within `limit_seconds`, or the worker died (killed, out of memory) and so did the
+                one that took over.
+        """
+        request = json.dumps({"golds": list(golds), "answer": answer}).encode()
+        if len(request) > worker.MAX_MESSAGE:
+            raise Ungraded(f"the expressions are longer than {worker.MAX_MESSAGE} bytes")
+        with self._slots:
+            return self._ask(request, retries=1, left=self.limit_seconds)
+
+    def _ask(self, request: bytes, *, retries: int, left: float) -> bool:
+        child = self._take()
+        begun = time.monotonic()
+        try:
+            reply = child.ask(request, left)
+        except TimeoutError:
+            self._bury(child)
+            if not child.is_warm:  # it may have spent its time on loading; by now the program has
+                return self._ask(request, retries=retries, left=self.limit_seconds)
+            raise Ungraded(f"not finished after {self.limit_seconds:g} s") from None
+        except _Gone:
+            self._bury(child)
+            if not retries:
+                raise Ungraded("the worker died twice: killed, out of memory, or about to do what it may not") from None
+            left = max(LEAST_SECONDS, left - (time.monotonic() - begun))
+            return self._ask(request, retries=retries - 1, left=left)
+        except BaseException:  # an interrupt of ours: the reply to come must not be taken for another's
+            self._bury(child)
+            raise
+        self._return(child)
+        if "error" in reply:
+            raise Ungraded(reply["error"])
+        return bool(reply["equal"])
+
+    def _take(self) -> _Child:
+        with self._lock:
+            while self._idle:
+                child = self._idle.pop()
+                if child.is_idle():
+                    self._busy.add(child)
+                    return child
+                self._bury(child)
+            child = self._fork()
+            self._busy.add(child)
+            return child
+
+    def _return(self, child: _Child) -> None:
+        if not child.is_warm:
+            self._bury(child)
+            return
+        with self._lock:
+            self._busy.discard(child)
+            self._idle.append(child)
+
+    def _fork(self) -> _Child:
+        """A child of the program; of a new program if the one we had is dead."""
+        if self._broken:
+            raise Ungraded(self._broken)
+        for _ in range(2):
+            self._program = self._program or _Program()
+            try:
+                return self._program.fork()
+            except (_Gone, TimeoutError):
+                self._end_program()
+            except _Failed as error:
+                self._broken = str(error)
+                self._end_program()
+                logger.error("No answer can be verified: %s. Install math-verify (make setup).", error)
+                raise Ungraded(self._broken) from None
+        raise Ungraded("the program that runs math-verify ends as soon as it is started")
+
+    def prepare(self) -> None:
+        """Starts the program, without waiting for it, so that it is there when the first answer needs it."""
+        with self._lock:
+            if not self._broken:
+                self._program = self._program or _Program()
+
+    def _bury(self, child: _Child) -> None:
+        """Ends a child; if its program is gone, that took its children along."""
+        child.link.close()
+        with self._lock:
+            self._busy.discard(child)
+            if child.program is self._program:
+                try:
+                    child.program.bury(child)
+                except _Gone:
+                    self._end_program()
+
+    def _end_program(self) -> None:
+        if self._program:
+            self._program.end()
+        self._program = None
+
+    def processes(self) -> list[int]:
+        """The pids of the program, if there is one, and of its children."""
+        with self._lock:
+            children = [child.pid for child in (*self._idle, *self._busy)]
+            return [*([self._program.process.pid] if self._program else []), *children]
+
+    def close(self) -> None:
+        """Ends all processes of the pool. It starts new ones if it is used again."""
+        with self._lock:
+            for child in self._idle:
+                child.link.close()
+            self._idle.clear()
+            self._end_program()
+
+    def forget(self) -> None:
+        """In a process forked from the owner: lets go of the owner's workers, which live on for the owner."""
+        for child in (*self._idle, *self._busy):
+            child.link.close()
+        if self._program:
+            self._program.forget()
+            self._program.process.returncode = 0  # not ours to wait for
+        self._reset()
+
+
+_POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for pool in list(_POOLS):
+        pool.forget()
+
+
+@atexit.register
+def _close_all() -> None:
+    for pool in list(_POOLS):
+        pool.close()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+@contextlib.contextmanager
+def temporary(**options: Any) -> Iterator[Pool]:
+    """A pool that is closed at the end."""
+    pool = Pool(**options)
+    try:
+        yield pool
+    finally:
+        pool.close()

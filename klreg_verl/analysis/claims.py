@@ -1,0 +1,415 @@
+"""The claims of a recipe, decided from its runs: each ends as differs, equivalent or undecided.
+
+What is decided, and how many comparisons Holm corrects for, is read from the run cards, where the claims stand as they
+were when each run started (experiment/claims.py). A claim that is not in the card of every run it compares was written
+later: it is computed all the same, called exploratory, and decides nothing. So is everything else in a report.
+
+A run's value is its primary endpoint: of an evaluation metric the mean of the last three evaluations, of a training
+metric the mean of the last ten steps. Only finished runs enter, paired by seed; the others are named and not imputed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from klreg_verl.analysis import frontier, stats
+from klreg_verl.analysis.endpoints import (
+    LAST_EVALUATIONS,
+    endpoint,
+    evaluations,
+    is_evaluation,
+    prompt_values,
+    settings,
+)
+from klreg_verl.analysis.runs import Run
+from klreg_verl.core.statistics import (
+    LEVEL,
+    MAX_SEEDS,
+    Decision,
+    Noise,
+    Paired,
+    decide,
+    evaluation_noise,
+    paired,
+    seeds_to_decide,
+)
+from klreg_verl.experiment import strict
+from klreg_verl.experiment.claims import ACHIEVED_KL, ClaimSpec, canonical, registered
+
+NOTE = (
+    "Written in the recipe before the runs and hashed into their cards; decided on finished runs paired by seed, with "
+    "Holm's correction of the p-values inside this list; the intervals are each claim's own. A claim that came later "
+    "is exploratory, and so is everything else in this report. Seeds that are added because of what is read here are a "
+    "second look, which raises the error rate."
+)
+"""What a reader must know of the list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """How one claim ended."""
+
+    name: str
+    claim: ClaimSpec
+    comparison: Paired
+    decision: Decision
+    family: int
+    """Claims registered together, which Holm corrected for; 0 for an exploratory one, which is not corrected."""
+    seeds: int | None = None
+    """Seeds with which it would be decided, where it is undecided; None: more than statistics.MAX_SEEDS, or unknown."""
+    noise: Noise | None = None
+    """What of the estimate's error comes from the prompts, where the samples tell."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what was left out, and how the arms differ besides."""
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the claim was in every compared run's card from its start."""
+        return self.family > 0
+
+
+# ---------------------------------------------------------------------------------------------------- comparing
+
+
+def of_arm(runs: Sequence[Run], claim: ClaimSpec, arm: str) -> list[Run]:
+    """The finished runs of one arm that a claim compares."""
+    found = [run for run in runs if (run.arm, run.task) == (arm, claim.task) and run.is_done]
+    return [run for run in found if claim.compare != "beta" or run.kl.get("beta") == claim.at]
+
+
+def compare(runs: Sequence[Run], claim: ClaimSpec) -> Paired:
+    """The claim's contrast, first arm minus second, paired by seed."""
+    sides = [of_arm(runs, claim, arm) for arm in claim.contrast]
+    if claim.compare == "kl":
+        left, right = (paths(side, claim.metric) for side in sides)
+        return frontier.matched(left, right, float(claim.at or math.nan))
+    values = [_by_seed(side, claim.metric) for side in sides]
+    return paired(*({seed: value for seed, value in side.items()} for side in values))
+
+
+def paths(runs: Iterable[Run], metric: str) -> dict[int, list[frontier.Point]]:
+    """Seed -> (KL, metric) of its runs: one arm's, at all its betas, for `frontier.frontier` and `frontier.matched`."""
+    points: dict[int, list[frontier.Point]] = {}
+    for run in runs:
+        points.setdefault(run.seed, []).append((endpoint(run, ACHIEVED_KL), endpoint(run, metric)))
+    return points
+
+
+def _by_seed(runs: Iterable[Run], metric: str) -> dict[int, float]:
+    """Seed -> value. A seed with several grid points has no single value: NaN."""
+    values: dict[int, list[float]] = {}
+    for run in runs:
+        values.setdefault(run.seed, []).append(endpoint(run, metric))
+    return {seed: each[0] if len(each) == 1 else math.nan for seed, each in values.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- deciding
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    name: str
+    claim: ClaimSpec
+    comparison: Paired
+    is_registered: bool
+
+
+def judge(
+    runs: Sequence[Run], written: Mapping[str, ClaimSpec] | None = None, *, level: float = LEVEL, noise: bool = True
+) -> list[Verdict]:
+    """Every claim that a run card holds, then those of `written` (the recipe as it is now) that none holds.
+
+    Args:
+        runs: all runs of the recipe.
+        written: the recipe's claims, where the recipe is at hand.
+        level: of the family of differences, and of that of equivalences.
+        noise: whether stored samples are read to tell the prompts' part of the error.
+    """
+    listed = _from_cards(runs)
+    family = sum(map(len, listed.values()))
+    candidates = list(_candidates(runs, listed, written or {}))
+    decisions = _decisions(candidates, family, level)
+    undecided = sum(
+        each.is_registered and decision.outcome == "undecided"
+        for each, decision in zip(candidates, decisions, strict=True)
+    )
+    remaining = max(1, undecided + family - sum(each.is_registered for each in candidates))
+    return [
+        Verdict(
+            name=each.name,
+            claim=each.claim,
+            comparison=each.comparison,
+            decision=decision,
+            family=family if each.is_registered else 0,
+            seeds=_seeds(each, decision, level / remaining if each.is_registered else level),
+            noise=prompt_noise(runs, each.claim) if noise else None,
+            notes=tuple(_notes(runs, each.claim, each.comparison)),
+        )
+        for each, decision in zip(candidates, decisions, strict=True)
+    ]
+
+
+def _candidates(
+    runs: Sequence[Run], listed: Mapping[str, Sequence[ClaimSpec]], written: Mapping[str, ClaimSpec]
+) -> Iterable[_Candidate]:
+    claims = [(name, claim, True) for name, several in listed.items() for claim in several]
+    claims += [(name, claim, False) for name, claim in written.items() if claim not in listed.get(name, ())]
+    for name, claim, from_card in claims:
+        yield _Candidate(
+            name=name,
+            claim=claim,
+            comparison=compare(runs, claim),
+            is_registered=from_card and _is_registered(runs, name, claim),
+        )
+
+
+def _decisions(candidates: Sequence[_Candidate], family: int, level: float) -> list[Decision]:
+    """The registered ones as one family; each of the others alone."""
+    inside = [each for each in candidates if each.is_registered]
+    margins = [each.claim.margin for each in inside]
+    together = iter(decide([each.comparison for each in inside], margins, level=level, family=family))
+    return [
+        next(together) if each.is_registered else decide([each.comparison], [each.claim.margin], level=level)[0]
+        for each in candidates
+    ]
+
+
+def _seeds(candidate: _Candidate, decision: Decision, level: float) -> int | None:
+    """Seeds that would decide what is not decided, at the level that Holm leaves the first of the undecided."""
+    if decision.outcome != "undecided":
+        return None
+    return seeds_to_decide(candidate.comparison, candidate.claim.margin, level)
+
+
+def _from_cards(runs: Sequence[Run]) -> dict[str, list[ClaimSpec]]:
+    """name -> the different claims registered under it, in the order of the runs."""
+    listed: dict[str, list[ClaimSpec]] = {}
+    for run in runs:
+        for name, values in registered(run.provenance).items():
+            claim = _read(name, values)
+            if claim is not None and claim not in listed.setdefault(name, []):
+                listed[name].append(claim)
+    return {name: several for name, several in listed.items() if several}
+
+
+def _read(name: str, values: Any) -> ClaimSpec | None:
+    """A claim from a card; None where it is not of this version's form."""
+    try:
+        return strict.build(ClaimSpec, strict.from_plain(values, file="provenance.json", path=f"claims.list.{name}"))
+    except strict.ConfigError:
+        return None
+
+
+def _is_registered(runs: Sequence[Run], name: str, claim: ClaimSpec) -> bool:
+    """Whether every run of the two arms that has a card has the claim in it, word for word."""
+    wanted = json.dumps(canonical({name: claim})[name], sort_keys=True)
+    arms = [run for run in runs if run.task == claim.task and run.arm in claim.contrast and run.provenance]
+    return all(json.dumps(registered(run.provenance).get(name), sort_keys=True) == wanted for run in arms)
+
+
+def _notes(runs: Sequence[Run], claim: ClaimSpec, comparison: Paired) -> Iterable[str]:
+    mine = [run for run in runs if run.task == claim.task and run.arm in claim.contrast]
+    ended = [run for run in mine if not run.is_done]
+    if ended:
+        yield f"Left out: {', '.join(f'{run.run_id} ({run.status})' for run in ended)}."
+    if missing := sorted(set(comparison.unpaired) - {run.seed for run in ended}):
+        why = "do not reach this KL in both arms" if claim.compare == "kl" else "have a value in one arm only"
+        yield f"Not paired: seeds {', '.join(map(str, missing))} {why}."
+    yield from _recorded(claim, [run for run in mine if run.is_done])
+    if claim.compare != "kl" and claim.metric != ACHIEVED_KL and (told := _achieved(runs, claim)):
+        yield told
+
+
+def _recorded(claim: ClaimSpec, done: Sequence[Run]) -> Iterable[str]:
+    """What is to be said about how the finished runs measured the metric."""
+    if done and all(math.isnan(endpoint(run, claim.metric)) for run in done):
+        yield f"No finished run has recorded {claim.metric} after step 0."
+        return
+    if not is_evaluation(claim.metric):
+        return
+    fewest = min((count for run in done if (count := len(evaluations(run, claim.metric)))), default=LAST_EVALUATIONS)
+    if fewest < LAST_EVALUATIONS:
+        yield f"Each run's value is the mean of {fewest} evaluation{'s' * (fewest != 1)}, not {LAST_EVALUATIONS}."
+    if len({settings(run, claim.metric) for run in done if len(evaluations(run, claim.metric))}) > 1:
+        yield "The runs were evaluated with different settings (samples, temperature, data): this is no fair test."
+
+
+def _achieved(runs: Sequence[Run], claim: ClaimSpec) -> str:
+    """The KL that each arm ended at: a difference at unequal KL is one of direction and amount."""
+    ends = [
+        stats.mean_and_error(endpoint(run, ACHIEVED_KL) for run in of_arm(runs, claim, arm)) for arm in claim.contrast
+    ]
+    if not all(each.num for each in ends):
+        return ""
+    told = " and ".join(f"{arm} {stats.number(end.mean, 2)}" for arm, end in zip(claim.contrast, ends, strict=True))
+    return f"KL to the reference at the end: {told} nats per response."
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation noise
+
+
+def prompt_noise(runs: Sequence[Run], claim: ClaimSpec) -> Noise | None:
+    """Bootstrap over prompts inside seeds, where both arms' values of single prompts are stored; else None.
+
+    Arms of one seed see the same prompts at the same step, and a held-out file is the same for all; so the difference
+    is taken prompt by prompt. Held-out prompts are the same in all seeds, too, and are drawn together.
+    """
+    if claim.compare == "kl":
+        return None
+    sides = [{run.seed: run for run in of_arm(runs, claim, arm)} for arm in claim.contrast]
+    seeds = sorted(sides[0].keys() & sides[1].keys())
+    columns = [_prompt_differences(sides[0][seed], sides[1][seed], claim.metric) for seed in seeds]
+    if not columns or not all(len(column) for column in columns):
+        return None
+    shared = is_evaluation(claim.metric)
+    return evaluation_noise(columns, shared=shared) if not shared or len({len(c) for c in columns}) == 1 else None
+
+
+def _prompt_differences(left: Run, right: Run, metric: str) -> np.ndarray:
+    values = [prompt_values(run, metric) for run in (left, right)]
+    return np.array([values[0][place] - values[1][place] for place in sorted(values[0].keys() & values[1].keys())])
+
+
+# ---------------------------------------------------------------------------------------------------- words
+
+
+def sentences(verdicts: Sequence[Verdict]) -> list[str]:
+    """One paragraph a claim: what was found, its interval and p, what it rests on, and what was left out."""
+    return [" ".join([_finding(each), *_evidence(each), *each.notes]) for each in verdicts]
+
+
+def lines(verdicts: Sequence[Verdict]) -> list[str]:
+    """One line a claim, for a terminal."""
+    if not verdicts:
+        return []
+    width = max(len(each.name) for each in verdicts)
+    return [f"{each.name:<{width}}  {_ending(each)}: {_contrast(each)} {_numbers(each)}" for each in verdicts]
+
+
+def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """A row a claim with everything that decided it."""
+    return pd.DataFrame([_row(each) for each in verdicts])
+
+
+def _row(verdict: Verdict) -> dict[str, Any]:
+    claim, comparison, decision = verdict.claim, verdict.comparison, verdict.decision
+    low, high = comparison.interval()
+    return {
+        "claim": verdict.name,
+        "metric": claim.metric,
+        "task": claim.task,
+        "first": claim.contrast[0],
+        "second": claim.contrast[1],
+        "compare": claim.compare if claim.at is None else f"{claim.compare}={claim.at:g}",
+        "margin": claim.margin,
+        "registered": verdict.is_registered,
+        "outcome": decision.outcome,
+        "difference": comparison.mean,
+        "low": low,
+        "high": high,
+        "pairs": comparison.num,
+        "correlation": comparison.correlation,
+        "p_difference": decision.p_difference,
+        "p_equivalence": decision.p_equivalence,
+        "p_sign_flips": decision.p_flips,
+        "holm_family": verdict.family,
+        "seeds_to_decide": verdict.seeds,
+        "prompt_error": math.nan if verdict.noise is None else verdict.noise.standard_error,
+    }
+
+
+def _ending(verdict: Verdict) -> str:
+    return verdict.decision.outcome + ("" if verdict.is_registered else " (exploratory)")
+
+
+def _contrast(verdict: Verdict) -> str:
+    claim = verdict.claim
+    where = (
+        {"end": "", "beta": f" at beta {claim.at:g}", "kl": f" at KL {claim.at:g}"}[claim.compare] if claim.at else ""
+    )
+    return f"{claim.metric} of {claim.contrast[0]} minus {claim.contrast[1]}{where}"
+
+
+def _places(verdict: Verdict) -> int:
+    return stats.decimals([verdict.comparison.standard_error])
+
+
+def _numbers(verdict: Verdict) -> str:
+    """ "−0.031 [−0.045, −0.017], 8 seeds, p 0.002"."""
+    comparison, decision, places = verdict.comparison, verdict.decision, _places(verdict)
+    if comparison.num < 2:
+        return f"has {comparison.num} pair{'s' * (comparison.num != 1)} of seeds, at least 2 are needed"
+    low, high = (stats.number(end, places) for end in comparison.interval())
+    p = decision.p_equivalence if decision.outcome == "equivalent" else decision.p_difference
+    mean = stats.number(comparison.mean, places, sign=True)
+    return f"{mean} [{low}, {high}], {comparison.num} seeds, p {p_text(p)}"
+
+
+def p_text(p: float) -> str:
+    """Two digits; "< 0.0001" below that."""
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+
+
+def _finding(verdict: Verdict) -> str:
+    """The outcome in a sentence."""
+    claim, comparison, places = verdict.claim, verdict.comparison, _places(verdict)
+    head = f"{verdict.name}{'' if verdict.is_registered else ' (exploratory, not registered before the runs)'}:"
+    if comparison.num < 2:
+        return f"{head} undecided. {_contrast(verdict)} {_numbers(verdict)}."
+    low, high = (stats.number(end, places) for end in comparison.interval())
+    mean = stats.number(comparison.mean, places, sign=True)
+    estimate = f"{mean} (95 % interval {low} to {high}, {comparison.num} paired seeds)"
+    if verdict.decision.outcome == "differs":
+        return f"{head} {_contrast(verdict)} differs from zero: {estimate}."
+    if verdict.decision.outcome == "equivalent":
+        real = " The difference is told from zero, and is too small to matter." if verdict.decision.is_nonzero else ""
+        return f"{head} {_contrast(verdict)} is equivalent to zero within ±{claim.margin:g}: {estimate}.{real}"
+    return f"{head} {_contrast(verdict)} is undecided: {estimate}, margin ±{claim.margin:g}. {_more(verdict)}"
+
+
+def _more(verdict: Verdict) -> str:
+    if verdict.seeds is None:
+        return f"Even {MAX_SEEDS:,} seeds would not decide it if difference and spread are as seen."
+    more = verdict.seeds - verdict.comparison.num
+    return (
+        f"About {more} more seed{'s' * (more != 1)} would decide it (80 % power, if difference and spread are as seen)."
+    )
+
+
+def _evidence(verdict: Verdict) -> Iterable[str]:
+    comparison, decision = verdict.comparison, verdict.decision
+    if comparison.num < 2:
+        return
+    over = f" after Holm over {verdict.family} claims" if verdict.family > 1 else ""
+    yield (
+        f"p {p_text(decision.p_difference)} for a difference (paired t), {p_text(decision.p_equivalence)} for "
+        f"equivalence (TOST){over}."
+    )
+    yield _flips(verdict)
+    if math.isfinite(comparison.correlation):
+        yield f"The arms' values correlate by {stats.number(comparison.correlation, 2)} over seeds."
+    if verdict.noise is not None and comparison.standard_error > 0:
+        places = _places(verdict)
+        error, prompts = (
+            stats.number(value, places) for value in (comparison.standard_error, verdict.noise.standard_error)
+        )
+        yield f"Of its standard error {error}, the choice of prompts alone gives {prompts}."
+
+
+def _flips(verdict: Verdict) -> str:
+    smallest, family = verdict.comparison.smallest_flips(), max(1, verdict.family)
+    if not math.isfinite(smallest):
+        return "Too many pairs to list all sign flips."
+    if verdict.decision.flips_decide:
+        return f"Exact sign flips, which have a say: p {p_text(verdict.decision.p_flips)}."
+    least = min(1.0, smallest * family)
+    return (
+        f"Exact sign flips: p {p_text(verdict.decision.p_flips)}; it cannot be below {p_text(least)} with so few pairs."
+    )

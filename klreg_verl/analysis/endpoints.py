@@ -1,0 +1,130 @@
+"""A run's value of a metric: its primary endpoint, the same rule for every run.
+
+    an evaluation metric   the mean of the last three evaluations: those of training (metrics.jsonl), or where the run
+                           did not log it so, those that `klreg eval` left in evals/ (pass@k, diversity)
+    a training metric      the mean of the last ten steps
+
+Step 0, the starting model, never enters. Where values of single prompts are stored, they are here, too: they tell what
+part of a difference's error the choice of prompts makes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from klreg_verl.analysis import retention, stats
+from klreg_verl.analysis.diversity import read_answers
+from klreg_verl.analysis.runs import Run, mapping
+from klreg_verl.analysis.samples import stored_steps
+from klreg_verl.core import diversity
+
+LAST_EVALUATIONS = 3
+"""Evaluations whose mean is a run's value: the last one alone is noisier, and the best one biased."""
+EVALUATIONS = ("eval", "retention", "val-core", "val-aux")
+"""Namespaces that are measured on held-out prompts, now and then."""
+SETTINGS = ("prompts", "samples", "temperature", "top_p", "max_tokens", "seed", "reward")
+"""What must be the same for two evaluations to be compared, beside the data."""
+PER_PROMPT = ("train/accuracy", "diversity/unique_valid", "diversity/coverage")
+"""Training metrics whose value for each prompt can be had from the stored samples."""
+Place = tuple[Any, ...]
+"""A prompt: (step, group) of a training batch, or (row,) of a held-out file."""
+
+
+def endpoint(run: Run, metric: str) -> float:
+    """The run's value; NaN where it recorded none after step 0."""
+    if not is_evaluation(metric):
+        return stats.last_steps(run.training[metric].tolist()).mean if metric in run.training else math.nan
+    return stats.last_steps(evaluations(run, metric).tolist(), LAST_EVALUATIONS).mean
+
+
+def is_evaluation(metric: str) -> bool:
+    """Whether it is measured on held-out prompts."""
+    return metric.split("/")[0] in EVALUATIONS
+
+
+def evaluations(run: Run, metric: str) -> pd.Series:
+    """The values of an evaluation metric by step, after step 0."""
+    if metric in run.training:
+        return run.training[metric].dropna()
+    found = {int(record["step"]): _numbers(record)[metric] for record in _records(run, metric)}
+    return pd.Series(found, dtype="float64").sort_index()
+
+
+def settings(run: Run, metric: str) -> str | None:
+    """How the evaluations that `klreg eval` left were made; None where the metric was logged in training, or nowhere.
+
+    Runs whose settings differ are not alike: more samples are a smaller error, another temperature another policy.
+    """
+    records = [] if metric in run.training else _records(run, metric)
+    return _setting(records[0]) if records else None
+
+
+def _records(run: Run, metric: str) -> list[Mapping[str, Any]]:
+    """Those of one setting that have the metric: of several settings the one with the most samples."""
+    known = [each for each in retention.records(run) if each["step"] >= 1 and metric in _numbers(each)]
+    best = max(known, key=lambda each: (each["prompts"] * each["samples"], _setting(each)), default=None)
+    return [each for each in known if best is not None and _setting(each) == _setting(best)]
+
+
+def _setting(record: Mapping[str, Any]) -> str:
+    """The settings as one text, the data by its hash."""
+    told = {name: record.get(name) for name in SETTINGS} | {"data": mapping(record.get("data")).get("sha256")}
+    return json.dumps(told, sort_keys=True)
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """Its metrics, and eval/<task>/diversity/<name> for what core.diversity.Solutions tells."""
+    found = dict(mapping(record.get("metrics")))
+    found |= {f"eval/{record['task']}/diversity/{name}": v for name, v in mapping(record.get("diversity")).items()}
+    return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+
+
+def prompt_values(run: Run, metric: str) -> dict[Place, float]:
+    """The metric on each prompt; empty where it is not stored.
+
+    Training metrics: the prompts of the last ten steps, if the samples of all of them are stored. Accuracy of an
+    evaluation: the prompts of the last one that `klreg eval` made.
+    """
+    if metric in PER_PROMPT:
+        return _of_training(run, metric)
+    records = [each for each in retention.records(run) if metric == f"eval/{each['task']}/accuracy"]
+    last = max((each for each in records if each["step"] == run.last_step), key=_setting, default=None)
+    return {} if last is None else _of_evaluation(run, last)
+
+
+def _of_training(run: Run, metric: str) -> dict[Place, float]:
+    files = stored_steps(run)
+    steps = range(max(1, run.last_step - stats.WINDOW + 1), run.last_step + 1)
+    if not all(step in files for step in steps):
+        return {}
+    found: dict[Place, float] = {}
+    for step in steps:
+        for group, prompt in read_answers(pd.read_parquet(files[step])).items():
+            value = _of_prompt(prompt, metric)
+            found |= {} if value is None else {(step, str(group)): value}
+    return found
+
+
+def _of_prompt(prompt: diversity.Answers, metric: str) -> float | None:
+    if metric == "train/accuracy":
+        return prompt.num_valid / prompt.num_samples
+    if metric == "diversity/unique_valid":
+        return float(len(prompt.counts))
+    return len(prompt.counts) / prompt.num_possible if prompt.num_possible else None
+
+
+def _of_evaluation(run: Run, record: Mapping[str, Any]) -> dict[Place, float]:
+    """(row,) -> share of right samples."""
+    path = run.path / "evals" / str(record.get("file"))
+    if not path.is_file():
+        return {}
+    table = pd.read_parquet(path, columns=["prompt", "valid"])
+    return {(int(row),): float(share) for row, share in table.groupby("prompt")["valid"].mean().items()}

@@ -1,0 +1,160 @@
+"""A recipe's claims: which comparisons of two arms are decided, on which metric and with which margin, before any run.
+
+    claims:
+      reverse_keeps_coverage:
+        metric: diversity/coverage
+        contrast: [reverse, none]     # first minus second
+        margin: 0.02                  # differences below this do not matter, in the unit of the metric
+        compare: end                  # end | beta | kl
+        task: palindrome              # may be left out where the recipe has one task
+
+A run's card holds the claims as they were when it started, with their hash. The analysis takes them from the cards, not
+from the recipe: a claim written or changed after a run has started is exploratory, and one that was taken out of the
+recipe still counts in the family that Holm corrects for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from klreg_verl.experiment.strict import FieldError
+
+NAMESPACES = (
+    *("actor", "critic", "diversity", "entropy", "eval", "explore", "kl", "kl_old", "kl_ref", "kl_ref_t1"),
+    *("response", "retention", "reward", "train", "val-core", "val-aux"),
+)
+"""First parts of the keys of metrics.jsonl that say something about an arm."""
+ACHIEVED_KL = "kl_ref/k1_response"
+"""The KL at which arms are compared `at equal KL` [nats per response]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimSpec:
+    """One comparison of two arms that will end as differs, equivalent or undecided."""
+
+    metric: str
+    """A key of metrics.jsonl, whose final value is the mean of the last three evaluations, or of the last ten steps;
+    or of what `klreg eval` leaves: eval/<task>/pass@<k>, eval/<task>/diversity/<field of core.diversity.Solutions>."""
+    contrast: tuple[str, ...]
+    """Two arms: the first minus the second."""
+    margin: float
+    """Differences smaller than this do not matter, in the unit of the metric: the margin of equivalence."""
+    compare: Literal["end", "beta", "kl"] = "end"
+    """end: the arms as they are; beta: both at the beta `at`; kl: both at the KL `at`, between their betas' runs."""
+    at: float | None = None
+    """The beta, or the KL to the reference [nats per response], at which they are compared."""
+    task: str | None = None
+    """Needed where the recipe has several tasks."""
+
+    def __post_init__(self) -> None:
+        namespace, slash, rest = self.metric.partition("/")
+        if not slash or not rest or namespace not in NAMESPACES:
+            raise FieldError(
+                "metric", f"{self.metric!r} is no key of metrics.jsonl. They begin with {', '.join(NAMESPACES)}, and /."
+            )
+        if len(self.contrast) != 2 or self.contrast[0] == self.contrast[1]:
+            given = ", ".join(self.contrast)
+            raise FieldError("contrast", f"[{given}] is not two different arms, the first minus the second.")
+        if not self.margin > 0:
+            raise FieldError("margin", f"{self.margin} is not positive. Say which difference would begin to matter.")
+        self._check_at()
+
+    def _check_at(self) -> None:
+        if self.compare == "end" and self.at is not None:
+            raise FieldError("at", f"{self.at} has no effect with `compare: end`. Say `compare: beta` or `kl`.")
+        if self.compare != "end" and self.at is None:
+            raise FieldError("at", f"missing. `compare: {self.compare}` needs the {self.compare} to compare at.")
+        if self.at is not None and self.at <= 0:
+            raise FieldError("at", f"{self.at} is not positive: there only the starting model is.")
+
+
+def check(
+    name: str,
+    claim: ClaimSpec,
+    *,
+    arms: Sequence[str],
+    tasks: Sequence[str],
+    betas: Mapping[str, Sequence[float | None]],
+) -> None:
+    """Refuses a claim that no run of the recipe can decide.
+
+    Args:
+        name: as written, for the message about it.
+        claim: the claim.
+        arms, tasks: those of the recipe.
+        betas: arm -> the beta of each of its grid points; None without KL.
+
+    Raises:
+        FieldError: about one of the claim's fields.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise FieldError("metric", f"the claim's name {name!r} is not of letters, digits, _ and -.")
+    for arm in claim.contrast:
+        if arm not in arms:
+            raise FieldError("contrast", f"there is no arm {arm!r}. Known: {', '.join(arms)}.")
+    if claim.task is None and len(tasks) > 1:
+        raise FieldError("task", f"missing: the recipe has the tasks {', '.join(tasks)}. Name one.")
+    if claim.task is not None and claim.task not in tasks:
+        raise FieldError("task", f"there is no task {claim.task!r}. Known: {', '.join(tasks)}.")
+    for arm in claim.contrast:
+        _check_reachable(claim, arm, betas[arm])
+
+
+def _check_reachable(claim: ClaimSpec, arm: str, betas: Sequence[float | None]) -> None:
+    known = [beta for beta in betas if beta is not None]
+    told = f"beta {', '.join(f'{beta:g}' for beta in known)}" if known else "no beta"
+    if claim.compare == "end" and len(betas) > 1:
+        why = f"the arm {arm} has {len(betas)} grid points ({told})."
+        raise FieldError("compare", f"end: {why} Say `compare: beta` or `kl`, and `at`.")
+    if claim.compare == "beta" and known.count(float(claim.at or 0)) != 1:
+        many = "more than one run a seed" if claim.at in known else "no run"
+        raise FieldError("at", f"the arm {arm} has {many} at beta {claim.at:g} (it is run at {told}).")
+    if claim.compare == "kl" and len(set(known)) < 2:
+        raise FieldError(
+            "compare",
+            f"kl: the arm {arm} is run at {told}; to know it at a given KL it takes two betas or more (grid: kl.beta). "
+            "Arms held at one KL by the matched_kl controller are compared with `compare: end`.",
+        )
+
+
+def canonical(claims: Mapping[str, ClaimSpec]) -> dict[str, dict[str, Any]]:
+    """The claims as plain values, in the order written."""
+    return {name: {**asdict(claim), "contrast": list(claim.contrast)} for name, claim in claims.items()}
+
+
+def fingerprint(claims: Mapping[str, Mapping[str, Any]]) -> str:
+    """sha256 of `canonical` claims, whatever their order."""
+    text = json.dumps(claims, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def card(claims: Mapping[str, ClaimSpec], before: Mapping[str, Any] | None, time: str) -> dict[str, Any]:
+    """The entry "claims" of a run card: sha256, the claims, since when; what `before` (an older card) said is kept.
+
+    `earlier` holds what was registered before, oldest first, so that a run resumed or extended under other claims shows
+    which were written first. A card from before there were claims counts as one without any.
+    """
+    listed = canonical(claims)
+    now = {"sha256": fingerprint(listed), "since": time, "list": listed}
+    if before is None:
+        return now
+    known = before.get("claims") or {"sha256": fingerprint({}), "since": before.get("time"), "list": {}}
+    if known.get("sha256") == now["sha256"]:
+        return dict(known)
+    earlier = [*known.get("earlier", ()), {key: value for key, value in known.items() if key != "earlier"}]
+    return {**now, "earlier": earlier}
+
+
+def registered(provenance: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The claims that a run started under, by name; empty where its card has none."""
+    entry = provenance.get("claims")
+    if not isinstance(entry, Mapping):
+        return {}
+    first = next(iter(entry.get("earlier") or ()), entry)
+    listed = first.get("list")
+    return dict(listed) if isinstance(listed, Mapping) else {}

@@ -1,0 +1,323 @@
+"""The subcommands of `klreg` that concern jobs and run folders: submit, retry, cancel, logs, gc, status, smoke."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from klreg_verl.experiment.plan import RunSpec
+    from launch.job_folder import Job, Submitted
+    from launch.profile import Profile
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe's YAML file.", metavar="RECIPE")]
+RecipeOrRun = Annotated[Path, typer.Argument(help="A recipe's YAML file, or one run's folder.", metavar="RECIPE|RUN")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. train.steps=10.", metavar="K=V")]
+ProfileName = Annotated[str, typer.Option("--profile", help="generic, single_node, multi_node, cpu_test, or a file.")]
+RunsDir = Annotated[Path | None, typer.Option(help="Where run folders live (or KLREG_RUNS; default ./runs).")]
+AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
+Arm = Annotated[str | None, typer.Option(help="Only this arm.")]
+Task = Annotated[str | None, typer.Option(help="Only this task.")]
+Seed = Annotated[int | None, typer.Option(help="Only this seed.")]
+
+
+def submit_command(
+    recipe: RecipePath,
+    profile: ProfileName,
+    overrides: Overrides = None,
+    arm: Arm = None,
+    task: Task = None,
+    seed: Seed = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the script, submit nothing.")] = False,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Submit what is missing of a recipe to Slurm, as one array."""
+    from klreg_verl.experiment.selection import selected
+    from klreg_verl.experiment.store import runs_root
+    from launch import profile as profiles
+
+    _, specs = selected(recipe, overrides, arm, task, seed)
+    _submit(specs, profiles.load(profile), runs_root(runs_dir), dry_run)
+
+
+def retry_command(
+    recipe: RecipeOrRun,
+    overrides: Overrides = None,
+    profile: Annotated[str | None, typer.Option(help="Default: that of the last submission.")] = None,
+    arm: Arm = None,
+    task: Task = None,
+    seed: Seed = None,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Try failed runs again, with a new budget of attempts, where they stopped."""
+    from launch import budget, inputs
+    from launch import profile as profiles
+
+    specs, root = located(recipe, overrides, arm, task, seed, runs_dir)
+    failed = [spec for spec in specs if inputs.run_folder(spec, root).state().status == "failed"]
+    if not failed:
+        typer.echo("No run has failed.")
+        return
+    chosen = profiles.load(profile) if profile else _last_job(root / specs[0].recipe).profile
+    for spec in failed:
+        folder = inputs.run_folder(spec, root)
+        with folder.lock():
+            budget.forgive(folder)
+    _submit(failed, chosen, root, dry_run=False)
+
+
+def cancel_command(
+    recipe: RecipeOrRun,
+    overrides: Overrides = None,
+    arm: Arm = None,
+    task: Task = None,
+    seed: Seed = None,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Cancel the jobs of a recipe, or of some of its runs. What was saved stays, and `klreg submit` goes on from it."""
+    from launch import slurm
+
+    specs, root = located(recipe, overrides, arm, task, seed, runs_dir)
+    live = slurm.in_queue(root / specs[0].recipe)
+    asked = {spec.run_id for spec in specs}
+    names = sorted({element.name for run, element in live.items() if run in asked})
+    if not names:
+        typer.echo("No job of these runs is in the queue.")
+        return
+    also = sorted(run for run, element in live.items() if element.name in names and run not in asked)
+    slurm.ask("scancel", *names)
+    typer.echo(f"cancelled: {', '.join(names)}" + (f" (with it, in the same jobs: {', '.join(also)})" if also else ""))
+
+
+def logs_command(
+    recipe: RecipeOrRun,
+    overrides: Overrides = None,
+    arm: Arm = None,
+    task: Task = None,
+    seed: Seed = None,
+    attempt: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+    lines: Annotated[int, typer.Option(help="From the end; 0: all.")] = 40,
+    job: Annotated[bool, typer.Option("--job", help="The Slurm job's log instead of the run's.")] = False,
+    runs_dir: RunsDir = None,
+) -> None:
+    """The end of a run's log, without colours and prefixes, or of the job it ran in."""
+    from launch import failure, inputs
+
+    specs, root = located(recipe, overrides, arm, task, seed, runs_dir)
+    if len(specs) != 1:
+        names = ", ".join(spec.run_id for spec in specs)
+        raise ValueError(f"{len(specs)} runs fit: {names}. Name one with --arm, --task and --seed, or by its folder.")
+    folder = inputs.run_folder(specs[0], root)
+    path = folder.attempts_dir / str(attempt) / "log" if attempt else folder.latest / "log"
+    path = _job_log(specs[0], root) if job else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such log; the run has {folder.state().attempt} attempts.")
+    typer.echo("\n".join([str(path.resolve()), *(line.text for line in failure.clean(path)[-lines:])]))
+
+
+def gc_command(
+    recipe: RecipeOrRun,
+    overrides: Overrides = None,
+    arm: Arm = None,
+    task: Task = None,
+    seed: Seed = None,
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="Also the optimizer's state of done runs, which then end for good.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this it is only listed.")] = False,
+    runs_dir: RunsDir = None,
+) -> None:
+    """List, or remove, checkpoints that nobody needs any more."""
+    from klreg_verl.experiment.estimate import size
+    from launch import gc
+
+    specs, root = located(recipe, overrides, arm, task, seed, runs_dir)
+    found = gc.find(specs, root, optimizer)
+    for waste in found:
+        typer.echo(f"{size(waste.bytes):>10}  {waste.path}  ({waste.why})")
+    if yes:
+        gc.remove(found)
+    total = size(sum(waste.bytes for waste in found))
+    typer.echo(f"{total} {'removed' if yes else 'could be removed: --yes does it' if found else 'to remove'}")
+
+
+def status_command(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    live: Annotated[bool, typer.Option("--live", help="A table that follows the runs until all are over.")] = False,
+    runs_dir: RunsDir = None,
+) -> None:
+    """How each run stands: state, step, attempt, Slurm's state and time left, accuracy, KL, reason of the last end."""
+    from launch import status
+
+    specs, root = located(recipe, overrides, None, None, None, runs_dir)
+    if live:
+        _follow(specs, root)
+        return
+    found = status.rows(specs, root)
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(map(status.line, found)))
+
+
+def smoke_command(
+    profile: ProfileName,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of the little run, e.g. model.path=/shared/model.", metavar="K=V")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the script, submit nothing.")] = False,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Try a cluster out with a job of some minutes: nodes, files, collectives, vLLM, reference, steps, save, resume."""
+    import time
+
+    from klreg_verl.experiment.store import runs_root
+    from launch import profile as profiles
+    from launch import slurm, smoke
+
+    root = runs_root(runs_dir) / time.strftime("smoke-%Y%m%d-%H%M%S")
+    job = smoke.make_job(profiles.load(profile), root, overrides or ())
+    reachable = _reachable(dry_run)
+    slurm.require(slurm.check(job.specs, job.profile, root, {}))
+    if reachable:
+        slurm.require(slurm.check_cluster(job.specs, job.profile, slurm.partitions()))
+    if dry_run:
+        _show(job, root / "smoke")
+        return
+    slurm.prepare(job.specs, root, typer.echo)
+    submitted = slurm.submit(job, root / "smoke")
+    _tell(submitted, job)
+    smoke.wait(submitted, typer.echo)
+    found = smoke.verdicts(job, submitted)
+    typer.echo("\n".join(map(str, found)))
+    if not all(verdict.fine for verdict in found):
+        raise typer.Exit(1)
+
+
+def located(
+    path: Path, overrides: list[str] | None, arm: str | None, task: str | None, seed: int | None, runs_dir: Path | None
+) -> tuple[list[RunSpec], Path]:
+    """The runs that a recipe and its choices, or a run's folder, stand for; and where run folders live."""
+    from klreg_verl.experiment.selection import selected
+    from klreg_verl.experiment.store import RunFolder, runs_root
+
+    if not path.is_dir():
+        return selected(path, overrides, arm, task, seed)[1], runs_root(runs_dir)
+    spec = RunFolder(path.resolve()).spec()
+    if spec is None:
+        raise ValueError(f"{path} is no run's folder: it has no spec.json. Give one, or a recipe's YAML file.")
+    depth = len(Path(spec.recipe, spec.run_id).parts)
+    return [spec], path.resolve().parents[depth - 1]
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def _submit(specs: list[RunSpec], profile: Profile, root: Path, dry_run: bool) -> None:
+    from klreg_verl.experiment import estimate
+    from launch import slurm
+
+    recipe_dir = root / specs[0].recipe
+    reachable = _reachable(dry_run)
+    queued = slurm.in_queue(recipe_dir) if reachable else {}
+    choice = slurm.choose(specs, root, queued)
+    typer.echo(choice.describe())
+    if not choice.missing:
+        return
+    steps = {run: each.step_seconds for run, each in estimate.estimate(specs, root, lambda _: None).items()}
+    measured = {run: seconds for run, seconds in steps.items() if seconds is not None}
+    slurm.require(slurm.check(choice.missing, profile, root, measured))
+    if reachable:
+        slurm.require(slurm.check_cluster(choice.missing, profile, slurm.partitions()))
+    jobs = [slurm.make_job(runs, profile, root) for runs in _by_resources(choice.missing)]
+    if dry_run:
+        for job in jobs:
+            _show(job, recipe_dir)
+        return
+    slurm.prepare(choice.missing, root, typer.echo)
+    for job in jobs:
+        _tell(slurm.submit(job, recipe_dir), job)
+
+
+def _reachable(dry_run: bool) -> bool:
+    """Whether a cluster can be asked; without one a dry run shows what it can."""
+    from launch import slurm
+
+    try:
+        slurm.partitions()
+    except (ValueError, slurm.SlurmError) as error:
+        if not dry_run:
+            raise
+        typer.secho(f"not compared with a cluster: {error}", fg="yellow", err=True)
+        return False
+    return True
+
+
+def _by_resources(specs: tuple[RunSpec, ...]) -> list[list[RunSpec]]:
+    """One array asks for the same nodes in all its tasks."""
+    kinds = dict.fromkeys(spec.resources for spec in specs)
+    return [[spec for spec in specs if spec.resources == kind] for kind in kinds]
+
+
+def _show(job: Job, recipe_dir: Path) -> None:
+    from launch import slurm
+
+    typer.echo(slurm.render(job, recipe_dir / "slurm" / "N"))
+    for number, task in enumerate(job.tasks):
+        typer.echo(f"task {number}: {', '.join(spec.run_id for spec in task)}")
+    typer.echo("nothing was submitted")
+
+
+def _tell(submitted: Submitted, job: Job) -> None:
+    count = sum(map(len, job.tasks))
+    typer.echo(f"job {submitted.job_id}: {len(job.tasks)} tasks, {count} runs; its logs: {submitted.folder / 'logs'}")
+
+
+def _last_job(recipe_dir: Path) -> Job:
+    from launch.job_folder import Job, submissions
+
+    submitted = submissions(recipe_dir)
+    if not submitted:
+        raise ValueError(f"{recipe_dir} has no submission whose profile could be used again. Name one with --profile.")
+    return Job.read(submitted[-1].folder)
+
+
+def _job_log(spec: RunSpec, root: Path) -> Path:
+    from launch.job_folder import submissions
+
+    found = [
+        one.folder / "logs" / f"{task}.log"
+        for one in submissions(root / spec.recipe)
+        for task, runs in enumerate(one.runs)
+        if spec.run_id in runs
+    ]
+    if not found:
+        raise ValueError(f"{spec.run_id} was never submitted, so no job has a log of it.")
+    return found[-1]
+
+
+def _follow(specs: list[RunSpec], root: Path) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    from launch import status
+
+    with Live(console=Console(), refresh_per_second=2) as live:
+        status.watch(lambda: status.rows(specs, root), lambda found: live.update(table(found)))
+
+
+def table(found: list[dict[str, Any]]) -> Any:
+    """The rows as a table for a terminal."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False)
+    for column in ("run", "state", "step", "attempt", "accuracy", "KL [nats]", "job", "Slurm", "left", "reason"):
+        made.add_column(column)
+    for each in found:
+        numbers = ["-" if each[key] is None else f"{each[key]:.3f}" for key in ("accuracy", "kl")]
+        cells = [each["run_id"], each["status"], f"{each['step']}/{each['steps']}", str(each["attempt"]), *numbers]
+        style = {"done": "green", "failed": "red", "conflict": "red"}.get(each["status"], "")
+        made.add_row(*cells, each["job"], each["slurm"], each["left"], each["reason"], style=style)
+    return made

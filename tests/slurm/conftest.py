@@ -1,0 +1,118 @@
+"""A real Slurm, started for these tests alone and ended with them; where it is missing, root may let CI install it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep import schema
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from lab import NEEDED, ROOT, Lab  # noqa: E402
+
+PACKAGES = ("slurm-wlm", "munge", "iproute2", "procps")
+RECIPE = """\
+question: Does it come back?
+model: {path: ./model}
+tasks: {mine: {train: a.parquet, val: b.parquet, reward: "rewards:score"}}
+train: {steps: 6, prompts_per_step: 4, responses_per_prompt: 2}
+save: {every: 2}
+resources: {nodes: 2, gpus_per_node: 1}
+arms:
+  none: {kl: {placement: none}}
+  reverse: {kl: {placement: reward, estimator: k1, follows: reverse, beta: 0.1}}
+seeds: [1]
+"""
+PROFILE = """\
+nodes: 2
+gpus_per_node: 1
+cpus_per_node: 2
+time: "10:00"
+notice_seconds: 60
+max_parallel: 1
+form_seconds: 60
+requeues: 30
+shared: [{shared}, {root}, {prefix}]
+object_store_gb: 0.1
+setup:
+  - export RAY_ADDRESS=10.77.0.99:6379
+  - export TMPDIR={shared}/a-long-folder-that-a-site-makes-for-every-job/and-a-longer-one-below/which-nobody-expects
+  - mkdir -p $TMPDIR
+"""
+"""Its set-up lays traps that break others: somebody's stale Ray, a folder too long for sockets. Two more are there
+without it: with GPUs Slurm sets ROCm's variable, too, beside which verl refuses to start, and the home has a token of
+somebody's Ray."""
+
+
+def missing() -> list[str]:
+    """Programs that are needed and not here."""
+    return [name for name in NEEDED if shutil.which(name) is None]
+
+
+def install() -> None:
+    """From Debian's packages, as root and where CI asks for it."""
+    if not (missing() and os.environ.get("CI") and os.geteuid() == 0 and shutil.which("apt-get")):
+        return
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 300}
+    subprocess.run(["apt-get", "update"], **quiet)
+    subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES], **quiet)
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """All of them take seconds."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Lab]:
+    """Three nodes, so that a job finds two when one is lost."""
+    install()
+    if missing():
+        pytest.skip(
+            f"not installed: {', '.join(missing())} (apt-get install --no-install-recommends {' '.join(PACKAGES)})"
+        )
+    try:
+        made = Lab(Path(f"/var/tmp/klreg-lab-{os.getpid()}-{time.time_ns() % 10**6}"), 3)
+    except RuntimeError as error:
+        pytest.skip(f"no cluster can be made here: {error}")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def lab(cluster: Lab) -> Iterator[Lab]:
+    """The cluster with an empty shared folder; no job and no process is left on it."""
+    shutil.rmtree(cluster.shared)
+    write_study(cluster.shared / "study")
+    text = PROFILE.format(shared=cluster.shared, root=ROOT, prefix=sys.prefix)
+    (cluster.shared / "lab.yaml").write_text(text)
+    cluster.until(lambda: cluster.idle() == 3, "three idle nodes")
+    yield cluster
+    cluster.run("scancel", "--user", cluster.run("id", "-un").strip(), check=False)
+    cluster.until(lambda: not cluster.remains(), "nothing left", 60)
+
+
+def write_study(folder: Path) -> None:
+    """A user's project whose driver is the stand-in."""
+    shutil.copytree(Path(__file__).parent / "standin", folder)
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    row = schema.make_row(
+        data_source="mine", prompt="p", ability="none", ground_truth="g", split="train", index=0, meta={}
+    )
+    for name in ("a.parquet", "b.parquet"):
+        pq.write_table(pa.Table.from_pylist([row], schema=schema.SCHEMA), folder / name)
+    (folder / "rewards.py").write_text("def score(**kwargs):\n    return 0.0\n")
+    (folder / "study.yaml").write_text(RECIPE)

@@ -1,0 +1,64 @@
+"""Kills at random instants: as many come-backs, no step lost or doubled. Three here; `make soak` does twenty."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+
+import pytest
+from lab import Lab, metrics
+from test_jobs import (
+    assert_whole,
+    folder,
+    kill_rays_head,
+    kill_slurmd_of_the_other_node,
+    kill_the_driver,
+    kill_the_other_nodes_ray,
+    kill_the_runner,
+    requeue,
+    submit,
+    time_limit,
+)
+
+KILLS = int(os.environ.get("KLREG_SOAK", "3"))
+SEED = int(os.environ.get("KLREG_SOAK_SEED", "1"))
+VICTIMS = (
+    kill_the_driver,
+    kill_the_runner,
+    kill_rays_head,
+    kill_the_other_nodes_ray,
+    kill_slurmd_of_the_other_node,
+    requeue,
+    time_limit,
+)
+STEPS_BETWEEN = 8
+
+pytestmark = pytest.mark.timeout(300 + 300 * KILLS)
+
+
+def last(lab: Lab) -> int:
+    return (metrics(folder(lab)) or [{"step": 0}])[-1]["step"]
+
+
+def test_random_kills_lose_no_step_and_double_none(lab: Lab):
+    draws, steps = random.Random(SEED), STEPS_BETWEEN * (KILLS + 1)
+    job = submit(
+        lab,
+        *("--arm", "none", f"train.steps={steps}"),
+        profile="environment: {STANDIN_SECONDS: '0.6'}\nbudget: {attempts: 200, without_progress: 10}\ntime: '2:00:00'",
+    )
+    best, killed = 0, 0
+    while killed < KILLS:
+        lab.until(lambda: last(lab) > best, f"a step after {best}", 240)  # noqa: B023
+        time.sleep(draws.uniform(0.0, 3.0))
+        best, victim = max(best, last(lab)), draws.choice(VICTIMS)
+        if best >= steps:
+            break
+        print(f"kill {killed + 1}: {victim.__name__} at step {last(lab)}", flush=True)
+        victim(lab, job)
+        killed += 1
+    lab.wait(job, 400)
+    assert_whole(lab, steps=steps)
+    assert len(list((folder(lab) / "attempts").iterdir())) == killed + 1
+    assert killed == KILLS

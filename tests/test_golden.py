@@ -1,0 +1,75 @@
+"""Golden answers: one string of whatever a file holds, and nothing of what is no answer."""
+
+import json
+from decimal import Decimal
+
+import pytest
+
+from data_prep.golden import alternatives, golden_text, is_number
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (142.0, "142"),
+        (0.25, "0.25"),
+        (-0.5, "-0.5"),
+        (1e22, "10000000000000000000000"),
+        (1e-7, "0.0000001"),
+        (7, "7"),
+        (10**30, "1" + 30 * "0"),
+        (Decimal("2.50"), "2.5"),
+        (True, "True"),
+        (" 9.6\n", "9.6"),
+        ("$2$", "2"),
+        ("$$x+1$$", "x+1"),
+        (r"\(3\)", "3"),
+        (r"\[ \frac{1}{2} \]", r"\frac{1}{2}"),
+        (r"$\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
+        ("097", "097"),
+        (["9.6\n"], "9.6"),
+        ([["5"]], "5"),
+        (["5", "5 ", None, ""], "5"),
+        ((1, 2.0), '["1", "2"]'),
+        (["a", "b"], '["a", "b"]'),
+    ],
+)
+def test_answers_of_any_type_become_one_string(given, expected):
+    assert golden_text(given) == expected
+
+
+@pytest.mark.parametrize("given", ["$2$,$3$", r"\boxed{1}+\boxed{2}", r"\boxed{\}", r"\(1\)+\(2\)", "[0,1)", "[1, 2]"])
+def test_what_only_looks_wrapped_stays_as_it_is(given):
+    assert golden_text(given) == given
+
+
+def test_a_brace_that_is_escaped_does_not_count_in_a_box():
+    assert golden_text(r"\boxed{\{1, 2\}}") == r"\{1, 2\}"
+
+
+@pytest.mark.parametrize(
+    "given", [None, "", "  \n", "None", "null", "nan", [], [None], ["", None], float("nan"), float("inf"), "$$", "$ $"]
+)
+def test_no_answer_is_the_empty_string(given):
+    assert golden_text(given) == ""
+
+
+@pytest.mark.parametrize("given", [{"a": 1}, b"5", [{"a": 1}]])
+def test_a_type_that_no_answer_has_is_refused(given):
+    with pytest.raises(ValueError, match="is no answer; text, a number, or a list of them is"):
+        golden_text(given)
+
+
+@pytest.mark.parametrize("answers", [["a"], ["a", "b"], ['["a"]'], ['["a", "b"]', "c"], ["[1]"]])
+def test_alternatives_read_back_what_was_written(answers):
+    # one answer that looks like a JSON list of strings is itself written as a list of one
+    assert alternatives(golden_text(answers)) == answers
+
+
+def test_a_json_list_of_other_things_is_one_answer():
+    assert alternatives("[1, 2]") == ["[1, 2]"] and alternatives("[]") == ["[]"] and alternatives("[a") == ["[a"]
+    assert json.loads(golden_text(["x", "[1, 2]"])) == ["x", "[1, 2]"]
+
+
+def test_plain_decimals_are_numbers():
+    assert [is_number(text) for text in ("12", "-1.5", "1/2", "1e3", "", "x")] == [True, True] + [False] * 4

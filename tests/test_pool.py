@@ -1,0 +1,316 @@
+"""The processes that run math-verify: limited, killed, replaced, gone with their owner; from threads and forks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from verl_stack import environment
+
+from data_prep.grading import worker
+from data_prep.grading.pool import Pool, Ungraded
+
+pytest.importorskip("math_verify", reason="math-verify is not installed (make setup)")
+
+GOLD, RIGHT, WRONG = "(x+1)^2", "x^2+2x+1", "x^2+2x+2"
+SLOW = ("(x+1)^{2008}(y+1)^{999}", "(y+1)^{999}(x^2+2x+1)^{1004}")
+"""Equal, which math-verify does not see in two seconds."""
+
+
+def warm_pool(**limits) -> Pool:
+    """A pool whose program has loaded everything, with one idle worker."""
+    pool = Pool(**limits)
+    while len(pool.processes()) < 2:  # a worker forked before that is not kept
+        assert pool.is_right([GOLD], RIGHT)
+    return pool
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    pool = warm_pool()
+    yield pool
+    pool.close()
+
+
+def seconds_of(call, *arguments) -> float:
+    begun = time.monotonic()
+    with contextlib.suppress(Ungraded):
+        call(*arguments)
+    return time.monotonic() - begun
+
+
+def gone(pids: list[int], seconds: float = 10) -> bool:
+    """Whether all of them end in time; a zombie has ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(running(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def running(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        (GOLD, RIGHT, True),
+        (GOLD, WRONG, False),
+        (r"\sqrt{8}", r"2\sqrt{2}", True),
+        (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", True),
+        ("x=5", "5", True),
+        ("x=5", "6", False),
+        (r"N(n)=\lfloor\frac{2 n}{3}\rfloor+1", "996000", False),
+        (r"x^2-y", "z = x^2-y", True),
+        ("x=5", "y=5", False),
+        (r"x \in [-2,7]", "[-2,7]", True),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ \sqrt{4} \end{pmatrix}", True),
+        (r"4.6 \times 10^{-24}", r"3 \cdot 10^{-24} + 10^{-25}", False),  # math-verify: both are 0
+        (r"\pi", r"\frac{355}{113}", False),
+        (r"\text{Evelyn}", "5", False),
+        ("", "", False),
+    ],
+)
+def test_a_verdict(pool, gold, answer, equal):
+    assert pool.is_right([gold], answer) is equal
+
+
+def test_one_of_several_right_answers_is_enough(pool):
+    assert pool.is_right([WRONG, GOLD], RIGHT)
+
+
+def test_at_the_time_limit_there_is_no_verdict_and_the_next_one_is_right(pool):
+    begun = time.monotonic()
+    with pytest.raises(Ungraded, match="not finished after 2 s"):
+        pool.is_right([SLOW[0]], SLOW[1])
+    assert time.monotonic() - begun < 2.5  # the limit that the issue names
+    assert pool.is_right([GOLD], RIGHT)
+
+
+def test_slow_answers_do_not_wait_for_one_another(pool):
+    with ThreadPoolExecutor(6) as threads:
+        spent = list(threads.map(lambda _: seconds_of(pool.is_right, [SLOW[0]], SLOW[1]), range(6)))
+    assert max(spent) < 2 * 2.5  # one after another the last would wait for 12 s
+
+
+def test_killed_while_idle_nobody_notices(pool):
+    assert pool.is_right([GOLD], RIGHT)
+    for pid in pool.processes()[1:]:
+        os.kill(pid, signal.SIGKILL)
+    assert pool.is_right([GOLD], RIGHT)
+
+
+def test_killed_while_grading_another_takes_over(pool):
+    verdicts: list[object] = []
+    thread = threading.Thread(target=lambda: verdicts.append(outcome(pool, SLOW)))
+    thread.start()
+    time.sleep(0.5)
+    for pid in pool.processes()[1:]:
+        os.kill(pid, signal.SIGKILL)
+    begun = time.monotonic()
+    assert pool.is_right([GOLD], RIGHT)
+    assert time.monotonic() - begun < 1.0  # the limit that the issue names
+    thread.join()
+    assert verdicts == ["not finished after 2 s"]  # it went on in another worker, within the same two seconds
+
+
+def outcome(pool: Pool, pair: tuple[str, str]) -> object:
+    try:
+        return pool.is_right([pair[0]], pair[1])
+    except Ungraded as reason:
+        return str(reason)
+
+
+def test_killed_twice_there_is_no_verdict():
+    pool = warm_pool(limit_seconds=20)
+    killer = threading.Thread(target=kill_children_of, args=(pool, 2))
+    killer.start()
+    assert "died twice" in str(outcome(pool, SLOW))
+    killer.join()
+    assert pool.is_right([GOLD], RIGHT)
+    pool.close()
+
+
+def kill_children_of(pool: Pool, times: int) -> None:
+    killed: set[int] = set()
+    while len(killed) < times:
+        time.sleep(0.3)
+        for pid in set(pool.processes()[1:]) - killed:
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+
+
+def test_with_its_program_killed_the_pool_starts_a_new_one():
+    pool = warm_pool()
+    before = pool.processes()
+    os.kill(before[0], signal.SIGKILL)
+    assert gone(before)  # the kernel ends the children
+    assert pool.is_right([GOLD], RIGHT)
+    assert not set(before) & set(pool.processes())
+    pool.close()
+
+
+def test_closed_it_leaves_no_process():
+    pool = warm_pool()
+    pids = pool.processes()
+    pool.close()
+    assert len(pids) == 2 and gone(pids)
+
+
+def test_many_threads_get_their_own_verdicts():
+    pool = warm_pool(limit_seconds=60, max_workers=12)
+    golds = [f"(x+{n})^2" for n in range(60)]
+    answers = [f"x^2+{2 * n}x+{n * n + n % 3}" for n in range(60)]  # right for every third
+    with ThreadPoolExecutor(12) as threads:
+        verdicts = list(threads.map(lambda pair: pool.is_right([pair[0]], pair[1]), zip(golds, answers, strict=True)))
+    assert verdicts == [n % 3 == 0 for n in range(60)]
+    pool.close()
+
+
+def test_no_more_workers_than_allowed():
+    pool = Pool(max_workers=2)
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda n: pool.is_right([f"x+{n}"], f"{n}+x"), range(30)))
+    assert len(pool.processes()) <= 3
+    pool.close()
+
+
+def test_the_event_loop_turns_while_a_slow_answer_is_graded(pool):
+    async def count_ticks() -> int:
+        slow = asyncio.get_running_loop().run_in_executor(None, outcome, pool, SLOW)
+        ticks = 0
+        while not slow.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return ticks
+
+    assert asyncio.run(count_ticks()) > 20  # of 200
+
+
+def test_a_forked_process_has_workers_of_its_own(pool):
+    assert pool.is_right([GOLD], RIGHT)
+    ours = pool.processes()
+    readable, writable = os.pipe()
+    child = os.fork()
+    if child == 0:
+        right = pool.processes() == [] and pool.is_right([GOLD], RIGHT) and not pool.is_right([GOLD], WRONG)
+        os.write(writable, b"right" if right else b"wrong")
+        os._exit(0)  # without closing the pool: the end of the process has to be enough
+    os.close(writable)
+    assert os.read(readable, 10) == b"right"
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pool.processes() == ours and pool.is_right([GOLD], RIGHT)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_its_workers_end_when_their_owner_is_killed(busy):
+    code = (
+        "import sys, threading, time\n"
+        "from data_prep.grading.pool import Pool\n"
+        "pool = Pool(limit_seconds=600)\n"
+        "while len(pool.processes()) < 2: assert pool.is_right(['x+1'], '1+x')\n"
+        f"busy = {busy} and threading.Thread(target=pool.is_right, args=([{SLOW[0]!r}], {SLOW[1]!r}), daemon=True)\n"
+        "busy and busy.start()\n"
+        "time.sleep(0.3)\n"
+        "print(*pool.processes(), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
+    pids = [int(pid) for pid in owner.stdout.readline().split()]
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    assert len(pids) == 2 and gone(pids)
+
+
+def test_memory_is_limited(pool):
+    assert pool.is_right([GOLD], RIGHT)
+    for pid in pool.processes()[1:]:
+        soft, hard = psutil.Process(pid).rlimit(psutil.RLIMIT_AS)
+        assert soft == hard < 2 * worker.MEMORY_BYTES
+        assert psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE) == (0, 0)
+
+
+def in_worker(code: str) -> subprocess.CompletedProcess[str]:
+    """A process that is prepared and limited as a worker is, and then runs `code`."""
+    program = f"import sys\nfrom data_prep.grading import worker\nworker._prepare()\nworker.limit()\n{code}"
+    return run(program)
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open({path!r}, 'w')",
+        "open({path!r}, 'ab')",
+        "import os; os.open({path!r}, os.O_CREAT | os.O_WRONLY)",
+        "import os; os.system('touch ' + {path!r})",
+        "import subprocess; subprocess.run(['touch', {path!r}])",
+        "import os; os.mkdir({path!r})",
+        "import socket; socket.create_connection(('127.0.0.1', 9))",
+        "import ctypes; ctypes.CDLL(None)",
+    ],
+)
+def test_a_worker_ends_at_what_grading_never_does(code, tmp_path):
+    path = str(tmp_path / "made")
+    done = in_worker(code.format(path=path) + "\nprint('went on')")
+    assert (done.returncode, done.stdout) == (worker.REFUSED_EXIT, "")
+    assert not Path(path).exists()
+
+
+def test_a_worker_has_no_more_memory_than_its_limit():
+    done = in_worker("try:\n    bytearray(2**30)\nexcept MemoryError:\n    print('refused')")
+    assert done.stdout == "refused\n"
+
+
+def test_a_worker_knows_that_its_memory_ran_short():
+    code = "print(worker.nearly_ran_out()); bytearray(worker.MEMORY_BYTES * 7 // 8); print(worker.nearly_ran_out())"
+    assert in_worker(code).stdout == "False\nTrue\n"
+
+
+@pytest.mark.parametrize("text", ["1+1", "__import__('os').getcwd()", "open('x')", "(1)"])
+def test_sympy_evaluates_no_text_in_a_worker(text):
+    done = in_worker(f"import sympy\ntry:\n    sympy.sympify({text!r})\nexcept PermissionError:\n    print('refused')")
+    assert done.stdout == "refused\n", done.stderr
+
+
+def test_numerals_and_names_are_what_sympy_makes_of_them():
+    names = ["7", "-7", "1.50", ".5", "2.", "1.5e3", "x", "pi", "I", "gamma"]
+    code = f"import sympy; print([sympy.srepr(sympy.sympify(name)) for name in {names}])"
+    assert in_worker(code).stdout == run(code).stdout != ""
+
+
+def test_without_math_verify_the_reason_is_said_and_nothing_is_tried_again():
+    code = (
+        "import sys, time\n"
+        "sys.path = [path for path in sys.path if 'site-packages' not in path]\n"
+        "from data_prep.grading.pool import Pool, Ungraded\n"
+        "pool = Pool()\n"
+        "for _ in range(2):\n"
+        "    try: pool.is_right(['x+1'], '1+x')\n"
+        "    except Ungraded as reason: print(reason)\n"
+        "print(pool.processes())\n"
+    )
+    done = run(code)
+    reason = "the program that runs math-verify does not start (ModuleNotFoundError: No module named 'math_verify')"
+    assert done.stdout.splitlines() == [reason, reason, "[]"], done.stderr
+    assert "Install math-verify" in done.stderr
