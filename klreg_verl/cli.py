@@ -21,6 +21,7 @@ from klreg_verl.replay.command import kl_command, replay_command
 from launch import command as launch_command
 
 if TYPE_CHECKING:
+    from klreg_verl.experiment.fit import RecipeFit
     from klreg_verl.experiment.plan import RunSpec
     from klreg_verl.experiment.recipe import Recipe
 
@@ -102,9 +103,13 @@ def plan(
     as_verl: Annotated[str | None, typer.Option(help="Print a stock verl command for this arm.")] = None,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="For spreadsheets.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Does it fit this GPU, and what does it cost? h100, h200, a100, ...; or `here`.")
+    ] = None,
     runs_dir: RunsDir = None,
 ) -> None:
     """The runs of a recipe, how they stand, and what they will cost. Writes and starts nothing."""
+    from klreg_verl.experiment import fit as fits
     from klreg_verl.experiment.store import runs_root
 
     with told():
@@ -115,12 +120,14 @@ def plan(
         elif show:
             typer.echo(json.dumps(_settings(specs[0], root, _platform()), indent=2))
         elif as_json:
-            typer.echo(json.dumps(_planned(specs, root)[0], indent=2))
+            typer.echo(json.dumps(_with_fit(_planned(specs, root)[0], _fitted(specs, root, gpu)), indent=2))
         elif as_csv:
             typer.echo(_csv(_planned(specs, root)[0]), nl=False)
         else:
             rows, cost = _planned(specs, root)
-            typer.echo("\n".join([read.describe(), *_power_of(read, root), cost]))
+            fitted = _fitted(specs, root, gpu)
+            about_fit = fits.lines(fitted) if fitted else _fit_hint(specs)
+            typer.echo("\n".join([read.describe(), *_power_of(read, root), cost, *about_fit]))
             for row in rows:
                 typer.echo(f"  {row['status']:<12} {row['run_id']:<40} {row['step']}/{row['steps']}  {row['hash']}")
 
@@ -156,16 +163,23 @@ def power(
 
 
 @app.command()
-def report(recipe: RecipePath, runs_dir: RunsDir = None) -> None:
-    """Write report.html, report.md, tables and figures of a recipe's runs (or of a folder of runs)."""
+def report(
+    recipe: RecipePath,
+    runs_dir: RunsDir = None,
+    anonymous: Annotated[bool, typer.Option("--anonymous", help="Leave out hosts, paths and remotes.")] = False,
+    embedder: Annotated[str, typer.Option(help="For the cosines: auto, minilm, ngrams or none.")] = "auto",
+) -> None:
+    """Write report.html, report.md, tables and figures of a recipe's runs, a folder of runs, or a stock verl run."""
+    from klreg_verl.analysis import embeddings
     from klreg_verl.experiment import recipe as recipes
     from klreg_verl.experiment.store import runs_root
 
     with told():
+        how = {"anonymous": anonymous, "embedder": embeddings.named(embedder)}
         if recipe.is_dir():
-            _write_report_of(recipe, {})
+            _write_report_of(recipe, {}, **how)
         else:
-            _write_report(recipes.load(recipe), runs_root(runs_dir))
+            _write_report(recipes.load(recipe), runs_root(runs_dir), **how)
 
 
 @app.command()
@@ -287,20 +301,19 @@ def _show_failure(outcome: Any, root: Path) -> None:
     typer.echo(f"whole log: {log.resolve()}")
 
 
-def _write_report(read: Recipe, root: Path) -> None:
-    _write_report_of(root / read.name, {"question": read.question, "arms": list(read.arms), "claims": read.claims})
+def _write_report(read: Recipe, root: Path, **how: Any) -> None:
+    text = {"question": read.question, "arms": list(read.arms), "claims": read.claims}
+    _write_report_of(root / read.name, text, **how)
 
 
-def _write_report_of(folder: Path, recipe_text: dict[str, Any]) -> None:
+def _write_report_of(folder: Path, recipe_text: dict[str, Any], **how: Any) -> None:
+    from klreg_verl.analysis import embeddings, stock
     from klreg_verl.analysis import report as reports
-    from klreg_verl.analysis import runs as stored
 
-    paths = reports.write_report(folder, recipe_text)
-    typer.echo(
-        "\n".join(
-            ["", *reports.summary_lines(stored.load(folder), recipe_text.get("arms", ())), "", f"report: {paths.html}"]
-        )
-    )
+    if stock.is_stock(folder):
+        folder = stock.import_run(folder)
+    paths = reports.write_report(folder, recipe_text, **({"embedder": embeddings.named("auto")} | how))
+    typer.echo("\n".join(["", *paths.lines, "", f"report: {paths.html}"]))
 
 
 def _show_dry_run(findings: list[Any], specs: list[RunSpec], root: Path, platform: str) -> None:
@@ -383,6 +396,44 @@ def _planned(specs: list[RunSpec], root: Path) -> tuple[list[dict[str, Any]], st
     found = estimate.estimate(specs, root, lambda spec: planned_files(spec, root).model)
     rows = [row(spec, root) | asdict(found[spec.run_id]) for spec in specs]
     return rows, estimate.in_words(list(found.values()))
+
+
+def _fitted(specs: list[RunSpec], root: Path, name: str | None) -> RecipeFit | None:
+    """The runs on a kind of GPU: the one named, or this machine's."""
+    from klreg_verl.experiment import fit
+    from launch import gpu
+
+    if name is None:
+        return None
+    if name != "here":
+        return gpu.fit_of(specs, root, fit.gpu_named(name))
+    devices, _ = gpu.here()
+    kind = gpu.kind_of(devices)
+    if kind is None:
+        raise ValueError(f"{devices[0].name if devices else 'No GPU'} is in no table. Known: {', '.join(fit.GPUS)}.")
+    return gpu.fit_of(specs, root, kind)
+
+
+def _fit_hint(specs: list[RunSpec]) -> list[str]:
+    """The tiny model fits anywhere; of another one it should be asked."""
+    ask = "fit: not asked; --gpu h100 (or h200, a100, ..., here) says whether it fits, and the GPU-hours"
+    return [] if all(spec.model.path == "tiny" for spec in specs) else [ask]
+
+
+def _with_fit(rows: list[dict[str, Any]], fitted: RecipeFit | None) -> list[dict[str, Any]]:
+    """Each run's fit and the cheapest layout that fits, where a GPU was named."""
+    if fitted is None:
+        return rows
+    return [row | _fit_row(fitted, row["run_id"]) for row in rows]
+
+
+def _fit_row(fitted: RecipeFit, run_id: str) -> dict[str, Any]:
+    one, best = fitted.runs.get(run_id), fitted.cheapest.get(run_id)
+    return {
+        "fit": None if one is None else one.to_json(),
+        "cheapest": None if best is None else best.to_json(),
+        "fit_unknown": fitted.unknown.get(run_id),
+    }
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

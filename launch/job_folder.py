@@ -16,13 +16,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, write_json
-from launch import guardian
 from launch import profile as profiles
 from launch.profile import Profile
+
+if TYPE_CHECKING:
+    from launch.guardian import Place
 
 FOLDER = "slurm"
 TOKEN = "token"
@@ -126,8 +128,10 @@ def new_folder(recipe_dir: Path) -> Path:
         return parent / str(number)
 
 
-def place_of(profile: Profile, gpus: int, attempt: Path) -> guardian.Place:
+def place_of(profile: Profile, gpus: int, attempt: Path) -> Place:
     """Ray's share of one node."""
+    from launch import guardian  # it needs psutil, which is part of the stack; `klreg status` works without
+
     ports = profile.ports and (profile.ports.first, profile.ports.last)
     return guardian.Place(
         gpus=gpus,

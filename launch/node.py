@@ -44,7 +44,11 @@ def stay(held: guardian.Guardian, connection: socket.socket) -> None:
         asked.append(number)
 
     signal.signal(signal.SIGTERM, stop)
-    held.start_ray()
+    try:
+        held.start_ray()
+    except RuntimeError as error:
+        print(f"{socket.gethostname()}: {error}", flush=True)
+        return
     print(f"{socket.gethostname()}: joined Ray at {held.place.head}", flush=True)
     while not asked and meeting.is_open(connection):
         if lost := held.lost_ray():

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from data_prep.cache import options_from
 from data_prep.check import check_model, check_task
+from klreg_verl.experiment import fit
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.verl_hooks.names import TESTED
-from launch import retained
+from launch import gpu, retained
 from launch.inputs import planned_files, run_folder
 
 CPU_MEMORY_GB = 9.0
@@ -53,7 +54,29 @@ def check(specs: Sequence[RunSpec], runs_dir: Path, platform: str) -> list[Findi
     """
     findings = [check_software(), check_disk(runs_dir), check_memory(specs, platform)]
     check_folders(specs, runs_dir)
-    return findings + check_files(specs)
+    on_gpus = check_gpus(specs, runs_dir) if platform == "cuda" else []
+    return findings + on_gpus + check_files(specs)
+
+
+def check_gpus(specs: Sequence[RunSpec], runs_dir: Path) -> list[Finding]:
+    """This node's GPUs are enough, alike, free and large enough for every run, as far as arithmetic can say."""
+    devices, apps = gpu.here()
+    said = gpu.check_devices(devices, apps, max(spec.resources.gpus_per_node for spec in specs))
+    attention = [Finding(what="attention", detail=gpu.check_attention(specs))]
+    kind = gpu.kind_of(devices)
+    if kind is None:
+        unknown = f"{devices[0].name} is in no table, so whether it is large enough shows when it runs"
+        return [Finding(what="gpus", detail=said), *attention, Finding(what="fit", detail=unknown)]
+    found = gpu.fit_of(specs, runs_dir, kind)
+    fit.require(found)
+    told = [*found.unknown.values(), *(_peak(one) for one in found.runs.values())]
+    fits = [Finding(what="fit", detail="; ".join(dict.fromkeys(told)))]
+    return [Finding(what="gpus", detail=said), *attention, *fits]
+
+
+def _peak(one: fit.Fit) -> str:
+    gib = max(one.training_bytes, one.rollout_bytes) / fit.GIB
+    return f"about {gib:.0f} of {one.gpu.memory_bytes / fit.GIB:.0f} GiB at the peak, by arithmetic"
 
 
 def check_folders(specs: Sequence[RunSpec], runs_dir: Path) -> None:
@@ -151,14 +174,14 @@ def _check_model(spec: RunSpec) -> str:
         options_from(TinyModelOptions, spec.model.options, "model.options")
         return "built here"
     if not Path(spec.model.path).is_absolute():
-        return "from the Hugging Face Hub or its cache"
+        return gpu.check_hub(spec.model.path, spec.model.revision, os.environ)
     check_model(Path(spec.model.path))
     return "folder is complete, vocabulary fits its tokenizer"
 
 
 def _check_reference(path: str) -> str:
     if not Path(path).is_absolute():
-        return "from the Hugging Face Hub or its cache; its vocabulary is compared at the start"
+        return f"{gpu.check_hub(path, None, os.environ)}; its vocabulary is compared at the start"
     check_model(Path(path))
     return "folder is complete; its vocabulary is compared with the model's at the start"
 

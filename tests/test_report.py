@@ -76,9 +76,11 @@ def test_links_inside_the_page_have_their_targets_and_ids_are_unique(html):
 
 def test_the_page_has_every_section_and_figure(html):
     assert f"<h1>{RECIPE['question']}</h1>" in html
-    for anchor in ("scope", "summary", "courses", "frontier", "gradient", "evaluation", "samples", "checks", "cards"):
+    shown = "findings scope summary courses frontier diversity optimum gradient evaluation samples checks cards"
+    assert [f'<section id="{anchor}">' for anchor in shown.split()] == re.findall(r'<section id="\w+">', html)
+    for anchor in shown.split():
         assert f'<section id="{anchor}">' in html
-    assert html.count("<svg ") == 11  # eight time courses, two of the mismatch, accuracy against KL
+    assert html.count("<svg ") == 12  # eight time courses, two of the mismatch, accuracy against KL, the optimum
     assert "3 arms · 1 task · 1 seed · 3 of 3 runs done" in html
     assert "machinery, not evidence" in html
 
@@ -110,8 +112,10 @@ def test_all_files_are_written(written, study):
             f"{name}.png"
             for name in ("accuracy", "entropy", "kl_k1", "kl_k3", "coverage", "unique_valid", "length", "beta")
         ),
-        *(f"{name}.png" for name in ("mismatch_k1", "mismatch_max", "kl_accuracy")),
+        *(f"{name}.png" for name in ("mismatch_k1", "mismatch_max", "kl_accuracy", "optimum")),
     ]
+    assert all(path.with_suffix(".pdf").read_bytes()[:5] == b"%PDF-" for path in written.figures)
+    assert sorted(path.name for path in (study / "tables").iterdir()) == ["diversity.tex", "final.tex", "optimum.tex"]
     assert all(path.stat().st_size > 5_000 for path in written.figures)
 
 
@@ -292,3 +296,107 @@ def test_many_claims_leave_the_terminal_summary_at_15_lines(tmp_path):
         write_run(tmp_path, arm, [{"step": 1, "diversity/coverage": 0.5}], provenance=card(arm, 1) | entry)
     lines = report.summary_lines(load(tmp_path))
     assert len(lines) == 15 and lines[-1] == "..." and any(line.startswith("c0") for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------- findings first
+
+
+def test_findings_come_first_and_each_links_to_its_evidence(html):
+    body = html[html.index('<section id="findings">') : html.index('<section id="scope">')]
+    assert "No claim was written before these runs: everything here is exploratory." in body
+    assert "Accuracy, first steps → last steps: none 0." in body
+    assert re.search(
+        r"reverse against none \(not paired by seed: no evidence of an order, exploratory\): accuracy ", body
+    )
+    assert "Distinct right answers in 8 draws / in 2 right draws: starting model " in body
+    assert body.count('class="evidence"') == body.count("<li ")
+    assert html.index('id="findings"') < html.index('id="scope"') < html.index('id="summary"')
+
+
+def test_with_five_seeds_a_finding_says_what_is_beyond_two_standard_errors(tmp_path):
+    # differences reverse minus none by seed: accuracy 0.10, 0.11, ... 0.14: mean 0.12, error 0.0158 / sqrt(5) = 0.0071
+    for arm, value in (("none", 0.5), ("reverse", 0.6)):
+        for seed in range(1, 6):
+            rows = [{"step": step, "train/accuracy": value + 0.01 * (seed - 1) * (arm == "reverse")} for step in (1, 2)]
+            write_run(tmp_path, arm, rows, seed=seed)
+    text = report.write_report(tmp_path).markdown.read_text()
+    assert (
+        "- reverse against none (5 paired seeds, exploratory): accuracy +0.1200 ± 0.0071. "
+        "Beyond two standard errors: accuracy.\n"
+    ) in text
+
+
+def test_findings_name_what_weakens_them(tmp_path):
+    rows = synthetic_rows("none", 1, 12)
+    rows[3]["alarm/entropy_floor"] = 1.0
+    write_run(tmp_path, "none", rows)
+    write_run(tmp_path, "reverse", synthetic_rows("reverse", 1, 12)[:6], steps=12, status="failed", reason="memory")
+    text = report.write_report(tmp_path, {"planned": ["none/palindrome/seed9"]}).markdown.read_text()
+    assert (
+        "- 2 of 3 runs are not done, and nothing is put in their place: reverse/palindrome/seed1 (failed), "
+        "none/palindrome/seed9 (not started).\n"
+    ) in text
+    assert "- Alarms in 1 run: entropy_floor.\n" in text
+
+
+def test_latex_tables_are_booktabs_and_escape_what_latex_reads(tmp_path):
+    write_run(tmp_path, "my_arm", [{"step": step, "train/accuracy": 0.4 + 0.2 * (step % 2)} for step in range(1, 21)])
+    report.write_report(tmp_path)
+    text = (tmp_path / "tables" / "final.tex").read_text()
+    assert text.splitlines()[1:4] == [
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r"arm & Accuracy [share valid] & steps \\",
+    ]
+    assert r"my\_arm & 0.500 $\pm$ 0.033 & 20 of 20, 10 steps \\" in text
+
+
+def test_a_table_that_has_no_rows_any_more_is_taken_away(tmp_path):
+    write_study(tmp_path, arms=("none",), steps=4)
+    report.write_report(tmp_path)
+    assert (tmp_path / "diversity.csv").exists() and (tmp_path / "tables" / "diversity.tex").exists()
+    for file in (tmp_path / "none" / "palindrome" / "seed1" / "samples").iterdir():
+        file.unlink()
+    report.write_report(tmp_path)
+    assert not (tmp_path / "diversity.csv").exists() and not (tmp_path / "tables" / "diversity.tex").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- frontiers
+
+
+def write_grid(folder: Path, arms: tuple[str, ...] = ("forward", "reverse"), seeds: int = 2) -> Path:
+    """Every arm at three betas: KL 3, 2, 1 and accuracy 0.6, 0.5, 0.4 (forward 0.1 less); one step is enough."""
+    for arm in arms:
+        for index, beta in enumerate((0.01, 0.1, 1.0)):
+            for seed in range(1, seeds + 1):
+                value = 0.6 - 0.1 * index - 0.1 * (arm == "forward") + 0.01 * seed
+                row = {"step": 1, "kl_ref/k1_response": 3.0 - index, "train/accuracy": value}
+                kl = {"placement": "loss", "estimator": "k2", "follows": "reverse", "beta": beta}
+                write_run(folder, arm, [row], seed=seed, grid=(f"kl.beta={beta:g}",), kl=kl)
+    return folder
+
+
+def test_a_grid_over_beta_gives_frontiers_with_bands(tmp_path):
+    paths = report.write_report(write_grid(tmp_path))
+    assert "frontier_accuracy" in {path.stem for path in paths.figures}
+    assert "Accuracy at the same KL" in paths.html.read_text()
+    assert "the band its pointwise 95 % t interval" in paths.html.read_text()
+
+
+def test_one_beta_an_arm_is_no_frontier(html):
+    assert "at the same KL</text>" not in html and "95 % t interval" not in html
+
+
+# ---------------------------------------------------------------------------------------------------- broken folders
+
+
+def test_torn_samples_and_metrics_are_named_and_the_rest_is_shown(tmp_path):
+    write_study(tmp_path, arms=("none", "reverse"), steps=12)
+    folder = tmp_path / "none" / "palindrome" / "seed1"
+    (folder / "samples" / "step_000012.parquet").write_bytes(b"PAR1 torn")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "train/acc')
+    text = report.write_report(tmp_path).markdown.read_text()
+    assert "samples/step_000012.parquet is torn; it is left out" in text
+    assert "metrics.jsonl: the last line is torn; it is left out" in text
+    assert "- Something is wrong with the files of none/palindrome/seed1.\n" in text

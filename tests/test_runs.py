@@ -4,6 +4,7 @@ import json
 import os
 import socket
 
+import pandas as pd
 import pytest
 from run_folders import write_run, write_study
 
@@ -114,15 +115,17 @@ def test_arms_may_be_called_like_seeds_and_insides_of_runs_are_not_searched(tmp_
 
 def test_the_long_table_has_one_row_a_recorded_number(tmp_path):
     write_run(tmp_path, "none", [{"step": 0, "eval/a": 0.5}, {"step": 1, "x": 2.0, "y": None}], seed=7, status="failed")
-    table = runs.long_table(runs.load(tmp_path))
+    runs.write_long_table(runs.load(tmp_path), tmp_path / "long.csv")
+    table = pd.read_csv(tmp_path / "long.csv", keep_default_na=False)
     assert table.to_dict("records") == [
         dict(arm="none", task="palindrome", grid="", seed=7, status="failed", step=0, key="eval/a", value=0.5),
         dict(arm="none", task="palindrome", grid="", seed=7, status="failed", step=1, key="x", value=2.0),
     ]
 
 
-def test_the_long_table_of_nothing_has_its_columns():
-    assert list(runs.long_table([]).columns) == ["arm", "task", "grid", "seed", "status", "step", "key", "value"]
+def test_the_long_table_of_nothing_has_its_columns(tmp_path):
+    runs.write_long_table([], tmp_path / "long.csv")
+    assert (tmp_path / "long.csv").read_text() == "arm,task,grid,seed,status,step,key,value\n"
 
 
 def test_a_missing_folder_says_what_to_do(tmp_path):

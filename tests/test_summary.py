@@ -5,7 +5,7 @@ import math
 import pytest
 from run_folders import KL_BLOCKS, write_run
 
-from klreg_verl.analysis import summary
+from klreg_verl.analysis import cards, summary
 from klreg_verl.analysis.runs import load
 
 
@@ -154,13 +154,13 @@ def test_checks_find_arms_that_do_not_start_alike(tmp_path):
 
 def test_facts_are_flat_and_long_texts_are_counted():
     card = {"gradient": "words", "git": {"commit": "abc", "diff": "x" * 1234}}
-    assert summary.facts(card) == {"git.commit": "abc", "git.diff": "(1,234 characters, in provenance.json)"}
+    assert cards.facts(card) == {"git.commit": "abc", "git.diff": "(1,234 characters, in provenance.json)"}
 
 
 def test_facts_that_differ_between_runs_are_found(tmp_path):
     write_run(tmp_path, "none", [], seed=1, provenance={"a": 1, "b": 2})
     write_run(tmp_path, "none", [], seed=2, provenance={"a": 1, "b": 3, "c": 4})
-    assert summary.differing_facts(load(tmp_path)) == {"b": ["2", "3"], "c": ["–", "4"]}
+    assert cards.differing_facts(load(tmp_path)) == {"b": ["2", "3"], "c": ["–", "4"]}
 
 
 def test_unfinished_runs_are_listed_failed_first(tmp_path):

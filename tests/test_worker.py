@@ -399,7 +399,7 @@ def test_only_what_needs_logits_is_wrapped():
     assert (probe.divergence, probe.probe) == (None, True)
     exact_kl = KLSpec(placement="loss", estimator="topk_forward", follows="forward", beta=1.0)
     wrapped = pickle.loads(pickle.dumps(module.with_logits(print, exact_kl)))  # it travels to the workers
-    assert wrapped.divergence.keywords == {"k": module.TOP_K, "direction": "forward"}
+    assert wrapped.divergence.keywords == {"k": core.TOP_K, "direction": "forward"}
     with pytest.raises(RuntimeError, match="set_loss_fn"):
         wrapped(student_logits=torch.zeros(1, 3, 7), data=None)
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from klreg_verl.analysis import frontier, stats
+from klreg_verl.analysis import cards, frontier, stats
 from klreg_verl.analysis.endpoints import (
     LAST_EVALUATIONS,
     endpoint,
@@ -222,7 +222,10 @@ def _notes(runs: Sequence[Run], claim: ClaimSpec, comparison: Paired) -> Iterabl
     if missing := sorted(set(comparison.unpaired) - {run.seed for run in ended}):
         why = "do not reach this KL in both arms" if claim.compare == "kl" else "have a value in one arm only"
         yield f"Not paired: seeds {', '.join(map(str, missing))} {why}."
-    yield from _recorded(claim, [run for run in mine if run.is_done])
+    done = [run for run in mine if run.is_done]
+    if differing := cards.caution(done):
+        yield differing
+    yield from _recorded(claim, done)
     if claim.compare != "kl" and claim.metric != ACHIEVED_KL and (told := _achieved(runs, claim)):
         yield told
 
@@ -282,7 +285,7 @@ def _prompt_differences(left: Run, right: Run, metric: str) -> np.ndarray:
 
 def sentences(verdicts: Sequence[Verdict]) -> list[str]:
     """One paragraph a claim: what was found, its interval and p, what it rests on, and what was left out."""
-    return [" ".join([_finding(each), *_evidence(each), *each.notes]) for each in verdicts]
+    return [" ".join([finding(each), *_evidence(each), *each.notes]) for each in verdicts]
 
 
 def lines(verdicts: Sequence[Verdict]) -> list[str]:
@@ -357,8 +360,8 @@ def p_text(p: float) -> str:
     return "< 0.0001" if p < 0.0001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
 
 
-def _finding(verdict: Verdict) -> str:
-    """The outcome in a sentence."""
+def finding(verdict: Verdict) -> str:
+    """The outcome in a sentence, with its interval."""
     claim, comparison, places = verdict.claim, verdict.comparison, _places(verdict)
     head = f"{verdict.name}{'' if verdict.is_registered else ' (exploratory, not registered before the runs)'}:"
     if comparison.num < 2:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -27,35 +28,40 @@ When = Literal["start", "end"]
 Place = tuple[int, str]
 """(step, prompt) of a run."""
 EMBEDDED_PROMPTS = 32
-"""Prompts of a run whose responses are embedded: the first by step and number, so the same ones in all arms."""
+"""Prompts of a run whose responses are embedded: the first by step as stored, so the same ones in all arms."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What a run has stored at some steps."""
+    """What a run has stored at some steps, as far as a report needs it."""
 
     run: Run
     answers: Mapping[Place, Answers]
     texts: Mapping[Place, Sequence[str]]
-    tokens: Mapping[Place, Sequence[Sequence[Hashable]]]
-    """Token ids, or words where they are not stored."""
+    """Responses of the first EMBEDDED_PROMPTS prompts."""
+    wording: Mapping[str, float]
+    """distinct_1, distinct_2 and where asked for self_bleu: means over the prompts, on token ids, or words where those
+    are not stored."""
 
 
-def read(run: Run, when: When = "end", window: int = stats.WINDOW) -> Stored:
+@lru_cache(maxsize=1024)
+def read(run: Run, when: When = "end", window: int = stats.WINDOW, further: bool = False) -> Stored:
     """The stored samples of step 1 (the starting model's in every arm), or of the last `window` steps."""
     files = stored_steps(run)
     last = max(files, default=0)
-    wanted = [step for step in files if (step == 1 if when == "start" else step > last - window)]
     answers: dict[Place, Answers] = {}
     texts: dict[Place, Sequence[str]] = {}
-    tokens: dict[Place, Sequence[Sequence[Hashable]]] = {}
-    for step in wanted:
+    wording: dict[str, list[float]] = {}
+    for step in [step for step in files if (step == 1 if when == "start" else step > last - window)]:
         table = pd.read_parquet(files[step])
         answers |= {(step, str(group)): each for group, each in read_answers(table).items()}
         for group, rows in table.groupby("group", sort=False):
-            texts[step, str(group)] = rows["response"].astype(str).tolist()
-            tokens[step, str(group)] = _tokens(rows)
-    return Stored(run=run, answers=answers, texts=texts, tokens=tokens)
+            if len(texts) < EMBEDDED_PROMPTS:
+                texts[step, str(group)] = rows["response"].astype(str).tolist()
+            for name, value in _wording(_tokens(rows), further).items():
+                wording.setdefault(name, []).append(value)
+    means = {name: _mean(values) for name, values in wording.items()}
+    return Stored(run=run, answers=answers, texts=texts, wording=means)
 
 
 def read_answers(table: pd.DataFrame) -> dict[Any, Answers]:
@@ -91,14 +97,14 @@ def table(
         further: also self-BLEU and the Vendi score, which take longer.
     """
     usable_runs = [run for run in runs if when == "start" or run.is_done]
-    stored = [each for each in (read(run, when) for run in usable_runs) if each.answers]
+    stored = [each for each in (read(run, when, further=further) for run in usable_runs) if each.answers]
     draws = min((each.num_samples for one in stored for each in one.answers.values()), default=0)
     shared = _shared(stored, valid_samples)
     rows = []
     for one in stored:
         usable = shared[one.run.task, one.run.seed]
         row = {"task": one.run.task, "arm": one.run.label, "seed": one.run.seed, "when": when}
-        row |= _solutions(one, usable, draws, valid_samples) | _of_tokens(one, further)
+        row |= _solutions(one, usable, draws, valid_samples) | dict(one.wording)
         rows.append(row | (_of_embeddings(one, embedder, further) if embedder is not None else {}))
     return pd.DataFrame(rows)
 
@@ -121,15 +127,14 @@ def _solutions(one: Stored, usable: set[Hashable], draws: int, valid_samples: in
     return {key: conditional[key] if key.startswith("valid_") else value for key, value in every.items()}
 
 
-def _of_tokens(one: Stored, further: bool) -> dict[str, float]:
-    found = {f"distinct_{n}": _mean(diversity.distinct_n(each, n) for each in one.tokens.values()) for n in (1, 2)}
-    if further:
-        found["self_bleu"] = _mean(diversity.self_bleu(each) for each in one.tokens.values())
-    return found
+def _wording(tokens: Sequence[Sequence[Hashable]], further: bool) -> dict[str, float]:
+    """Of one prompt's responses."""
+    found = {f"distinct_{n}": diversity.distinct_n(tokens, n) for n in (1, 2)}
+    return found | ({"self_bleu": diversity.self_bleu(tokens)} if further else {})
 
 
 def _of_embeddings(one: Stored, embedder: Embedder, further: bool) -> dict[str, Any]:
-    places = sorted(one.texts)[:EMBEDDED_PROMPTS]
+    places = list(one.texts)
     vectors = embedder.embed([text for place in places for text in one.texts[place]])
     ids = [index for index, place in enumerate(places) for _ in one.texts[place]]
     cosines = diversity.mean_cosine(vectors, ids)

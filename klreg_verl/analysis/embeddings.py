@@ -55,6 +55,19 @@ def best() -> Embedder:
     return minilm() if present else ngrams()
 
 
+def named(name: str) -> Embedder | None:
+    """ "auto" (the best one here), "minilm", "ngrams", or "none".
+
+    Raises:
+        ValueError: another name.
+    """
+    made: dict[str, Callable[[], Embedder | None]] = {"auto": best, "minilm": minilm, "ngrams": ngrams}
+    made |= {"none": lambda: None}
+    if name not in made:
+        raise ValueError(f"There is no embedder {name!r}. There are: {', '.join(made)}.")
+    return made[name]()
+
+
 # ---------------------------------------------------------------------------------------------------- n-grams
 
 

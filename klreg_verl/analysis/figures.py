@@ -25,9 +25,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, MaxNLocator
 
-from klreg_verl.analysis import stats
+from klreg_verl.analysis import claims, stats
+from klreg_verl.analysis import frontier as frontiers
+from klreg_verl.analysis.optimum import Achieved
 from klreg_verl.analysis.runs import Run, load
 from klreg_verl.analysis.summary import ACCURACY, KL_K1, Group, group_runs
+from klreg_verl.core.optimum import Prediction
 
 DOTS_PER_INCH = 200
 PANEL_SIZE = (4.9, 2.9)
@@ -37,6 +40,9 @@ OVERVIEW_DOTS_PER_INCH = 220
 """The row of four: 2640 x 715 pixels as PNG, twice what a README shows and more."""
 BLOCK = 10
 """Steps that one dot of the KL-accuracy figure averages."""
+
+
+Draw = Callable[[Axes, "Theme"], Axes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,8 @@ class Panel:
     smoothed: bool = True
     drawn_if_zero: bool = True
     """Whether a figure in which everything is 0 is worth its place."""
+    missed: bool = True
+    """Whether a report without it says so."""
 
 
 TIME_COURSES = (
@@ -97,6 +105,10 @@ TIME_COURSES = (
     Panel(key="diversity/unique_valid", name="unique_valid", title="Distinct valid answers", unit="answers per prompt"),
     Panel(key="response/length", name="length", title="Response length", unit="tokens"),
     Panel(key="kl/beta", name="beta", title="Beta", unit="reward units per nat", smoothed=False, drawn_if_zero=False),
+    Panel(key="stock/kl_loss", name="stock_kl_loss", title="KL loss", unit="as verl logs it", missed=False),
+    Panel(
+        key="stock/kl_reward", name="stock_kl_reward", title="KL in the reward", unit="as verl logs it", missed=False
+    ),
 )
 MISMATCH = (
     Panel(key="kl_rollout/k1_token", name="mismatch_k1", title="Sampler against trainer, k1", unit="nats per token"),
@@ -111,6 +123,27 @@ OVERVIEW = tuple(
     panel for name in ("accuracy", "kl_k1", "entropy", "coverage") for panel in TIME_COURSES if panel.name == name
 )
 KL_ACCURACY = "kl_accuracy"
+OPTIMUM = "optimum"
+FRONTIERS = (
+    Panel(key=ACCURACY, name="frontier_accuracy", title="Accuracy at the same KL", unit="valid share at the end"),
+    Panel(
+        key="entropy/token", name="frontier_entropy", title="Entropy at the same KL", unit="nats per token, at the end"
+    ),
+    Panel(
+        key="diversity/coverage",
+        name="frontier_coverage",
+        title="Coverage at the same KL",
+        unit="distinct valid / possible answers",
+    ),
+)
+"""Drawn where an arm was run at several betas."""
+MOST_POINTS = 300
+"""Points of a thin line: a longer one keeps the extremes of each stretch, which look the same at this size."""
+TITLES = {panel.name: panel.title for panel in (*TIME_COURSES, *MISMATCH, *FRONTIERS)} | {
+    KL_ACCURACY: "Accuracy against KL",
+    OPTIMUM: "Predicted optimum and what was achieved",
+    "overview": "Accuracy, KL to the reference, entropy and coverage",
+}
 
 
 def time_course(groups: Sequence[Group], panel: Panel, axes: Axes, theme: Theme = LIGHT) -> Axes:
@@ -141,9 +174,65 @@ def kl_accuracy(groups: Sequence[Group], axes: Axes, theme: Theme = LIGHT) -> Ax
     paths = [(group, _blocks(group.arm_mean(KL_K1), group.arm_mean(ACCURACY), size)) for group in groups]
     ends = [_draw_path(points, group, axes, theme) for group, points in paths if len(points)]
     _frame(axes, "Accuracy against KL", "valid share of the training batch", theme)
-    axes.set_xlabel("KL to the reference, k1, nats per response", color=theme.muted)
-    axes.margins(x=0.05, y=0.12)
-    _widen(axes)
+    _kl_axis(axes, theme)
+    _label_beside(axes, ends)
+    return axes
+
+
+def frontier(groups: Sequence[Group], panel: Panel, axes: Axes, theme: Theme = LIGHT) -> Axes:
+    """``panel.key`` against the KL that a finished run ended at; nothing is extrapolated.
+
+    An arm at several betas: a dot a run, the mean over its seeds at each KL on the lines between a seed's dots, and a
+    95 % t band where two seeds or more reach the KL. An arm at one beta: its dots alone.
+    """
+    ends = []
+    for members in _by_arm(groups):
+        color = _color(members[0], theme)
+        paths = claims.paths([run for group in members for run in group.runs if run.is_done], panel.key)
+        points = np.array([point for each in paths.values() for point in each], dtype=np.float64).reshape(-1, 2)
+        points = points[np.isfinite(points).all(axis=1)]
+        if not len(points):
+            continue
+        axes.plot(points[:, 0], points[:, 1], "o", color=color, markersize=3, alpha=0.6, zorder=3)
+        last = points[points[:, 0].argmax()]
+        if len(members) > 1:
+            last = _draw_frontier(frontiers.frontier(paths), color, _dashes(members[0], theme), axes)
+        ends.append(_End(x=float(last[0]), y=float(last[1]), label=members[0].runs[0].arm, color=color))
+    _frame(axes, panel.title, panel.unit, theme)
+    _kl_axis(axes, theme)
+    _label_beside(axes, ends)
+    return axes
+
+
+def has_frontier(groups: Sequence[Group], panel: Panel) -> bool:
+    """Whether an arm has finished runs with the metric at two grid points or more."""
+    return any(
+        len([group for group in members if any(run.is_done and panel.key in run.training for run in group.runs)]) > 1
+        for members in _by_arm(groups)
+        if any(KL_K1 in run.training for group in members for run in group.runs)
+    )
+
+
+def predicted(rows: Sequence[Achieved], groups: Sequence[Group], axes: Axes, theme: Theme = LIGHT) -> Axes:
+    """Every arm with a known optimum: a ring where its objective has it, a dot where its runs ended, a line between.
+
+    Axes as in ``kl_accuracy``. Whiskers of a ring: the accuracy whatever the prompts' chances are; of a dot: a
+    standard error. Arms whose optimum is unknown are dots alone.
+    """
+    by_label, ends = {group.label: group for group in groups}, []
+    for row in rows:
+        if not (np.isfinite(row.kl.mean) and np.isfinite(row.accuracy.mean)):
+            continue
+        color, reached = _color(by_label[row.arm], theme), (row.kl.mean, row.accuracy.mean)
+        errors = [float(np.nan_to_num(each.standard_error)) for each in (row.kl, row.accuracy)]
+        axes.errorbar(
+            *reached, xerr=errors[0], yerr=errors[1], fmt="o", color=color, markersize=5, linewidth=1, zorder=4
+        )
+        ends.append(_End(x=reached[0], y=reached[1], label=row.arm, color=color))
+        if row.prediction is not None:
+            _draw_prediction(row.prediction, reached, color, not row.known.is_exact, axes, theme)
+    _frame(axes, "Predicted optimum and what was achieved", "valid share · ring predicted, dot achieved", theme)
+    _kl_axis(axes, theme)
     _label_beside(axes, ends)
     return axes
 
@@ -164,15 +253,22 @@ def recorded(groups: Sequence[Group], panel: Panel) -> bool:
     return any(group.series(panel.key) for group in groups)
 
 
-def drawings(groups: Sequence[Group]) -> dict[str, Callable[[Axes, Theme], Axes]]:
+def drawings(groups: Sequence[Group], optima: Sequence[Achieved] = ()) -> dict[str, Draw]:
     """File name -> what draws it, for every single figure of one task for which there is data."""
 
-    def course(panel: Panel) -> Callable[[Axes, Theme], Axes]:
+    def course(panel: Panel) -> Draw:
         return lambda axes, theme: time_course(groups, panel, axes, theme)
+
+    def at_kl(panel: Panel) -> Draw:
+        return lambda axes, theme: frontier(groups, panel, axes, theme)
 
     chosen = {panel.name: course(panel) for panel in (*TIME_COURSES, *MISMATCH) if _worth_drawing(groups, panel)}
     if any(_has_both(run) for group in groups for run in group.final_runs):
         chosen[KL_ACCURACY] = lambda axes, theme: kl_accuracy(groups, axes, theme)
+    chosen |= {panel.name: at_kl(panel) for panel in FRONTIERS if has_frontier(groups, panel)}
+    mine = [row for row in optima if row.task == groups[0].task] if groups else []
+    if any(row.prediction is not None and np.isfinite(row.kl.mean) for row in mine):
+        chosen[OPTIMUM] = lambda axes, theme: predicted(mine, groups, axes, theme)
     return chosen
 
 
@@ -181,14 +277,14 @@ def _worth_drawing(groups: Sequence[Group], panel: Panel) -> bool:
     return any(panel.drawn_if_zero or bool((each != 0).any()) for each in values)
 
 
-def png(draw: Callable[[Axes, Theme], Axes], path: Path, groups: Sequence[Group], theme: Theme = LIGHT) -> Path:
-    """One figure of ``PANEL_SIZE`` at ``DOTS_PER_INCH``."""
+def png(draw: Draw, path: Path, groups: Sequence[Group], theme: Theme = LIGHT) -> Path:
+    """One figure of ``PANEL_SIZE`` at ``DOTS_PER_INCH``, and beside it the same as PDF; returns the PNG's path."""
     with matplotlib.rc_context(_style()):
         figure = _panel_figure(draw, groups, theme)
-        return _save_png(figure, path)
+        return _save(figure, path)
 
 
-def svg(draw: Callable[[Axes, Theme], Axes], name: str, groups: Sequence[Group]) -> str:
+def svg(draw: Draw, name: str, groups: Sequence[Group]) -> str:
     """One figure as an <svg> element for a page: text as text, colours as var(--ink), var(--muted), var(--arm-0) ...
 
     ``name`` must be unique in the page; the identifiers inside are derived from it.
@@ -213,7 +309,7 @@ def overview(groups: Sequence[Group], path: Path, theme: Theme = LIGHT) -> Path:
         window = window_of(groups)
         note = f"thin: every step of a run · thick: mean of the runs over {window} steps · {_seeds_text(groups)}"
         figure.text(0.995, 0.03, note, ha="right", color=theme.muted, fontsize=7)
-        return _save_png(figure, path, OVERVIEW_DOTS_PER_INCH)
+        return _save(figure, path, OVERVIEW_DOTS_PER_INCH)
 
 
 def draw_overview(recipe_dir: Path, path: Path, *, task: str | None = None, theme: Theme = LIGHT) -> Path:
@@ -296,6 +392,7 @@ def _style() -> dict[Any, Any]:
         "font.size": 8.5,
         "axes.unicode_minus": True,
         "path.simplify": True,
+        "pdf.fonttype": 3,  # 42 (TrueType) parses the whole typeface for every figure: five times the time
         "lines.solid_capstyle": "round",
     }
 
@@ -314,7 +411,8 @@ def _draw_group(group: Group, key: str, window: int, axes: Axes, theme: Theme) -
     series = group.series(key)
     faint = 0.45 / len(series) ** 0.4
     for run, values in series:
-        axes.plot(values.index, values, color=color, linewidth=0.7, alpha=faint, zorder=2)
+        thin = thinned(values)
+        axes.plot(thin.index, thin, color=color, linewidth=0.7, alpha=faint, zorder=2)
         if run.status in ("failed", "interrupted"):
             axes.plot(
                 values.index[-1:], values.iloc[-1:], "x", color=color, markersize=5, markeredgewidth=1.2, zorder=4
@@ -325,6 +423,51 @@ def _draw_group(group: Group, key: str, window: int, axes: Axes, theme: Theme) -
     thick = stats.smooth(mean, window)
     axes.plot(thick.index, thick, color=color, linewidth=1.9, linestyle=_dashes(group, theme), zorder=3)
     return _End(x=float(thick.index[-1]), y=float(thick.iloc[-1]), label=group.label, color=color)
+
+
+def thinned(values: pd.Series, most: int = MOST_POINTS) -> pd.Series:
+    """At most about ``most`` points: of each stretch the first, the smallest and the largest, and the very last."""
+    if len(values) <= most:
+        return values
+    size = -(-3 * len(values) // most)
+    numbers = values.to_numpy()
+    kept = {len(values) - 1}
+    for start in range(0, len(values), size):
+        part = numbers[start : start + size]
+        kept |= {start, start + int(part.argmin()), start + int(part.argmax())}
+    return values.iloc[sorted(kept)]
+
+
+def _by_arm(groups: Sequence[Group]) -> list[list[Group]]:
+    """The groups of each arm: its grid points."""
+    arms = dict.fromkeys(group.runs[0].arm for group in groups)
+    return [[group for group in groups if group.runs[0].arm == arm] for arm in arms]
+
+
+def _draw_frontier(found: frontiers.Frontier, color: str, dashes: Any, axes: Axes) -> tuple[float, float]:
+    """The mean and its band; returns its last point."""
+    known = np.isfinite(found.mean)
+    axes.plot(found.kl[known], found.mean[known], color=color, linewidth=1.9, linestyle=dashes, zorder=3)
+    axes.fill_between(found.kl, found.low, found.high, color=color, alpha=0.16, linewidth=0, zorder=1)
+    return float(found.kl[known][-1]), float(found.mean[known][-1])
+
+
+def _draw_prediction(
+    found: Prediction, reached: tuple[float, float], color: str, is_orientation: bool, axes: Axes, theme: Theme
+) -> None:
+    """The ring and the line to what was reached; dashed where the prediction is for orientation only."""
+    style = (0, (2, 2)) if is_orientation else "-"
+    ends = np.array([(found.kl, found.accuracy), reached])
+    axes.plot(ends[:, 0], ends[:, 1], color=color, linewidth=0.9, linestyle=style, alpha=0.7, zorder=2)
+    axes.plot([found.kl] * 2, [found.low, found.high], color=color, linewidth=0.9, zorder=3)
+    ring = {"markerfacecolor": theme.background, "markeredgecolor": color, "markeredgewidth": 1.4}
+    axes.plot([found.kl], [found.accuracy], "o", markersize=6.5, zorder=4, **ring)
+
+
+def _kl_axis(axes: Axes, theme: Theme) -> None:
+    axes.set_xlabel("KL to the reference, k1, nats per response", color=theme.muted)
+    axes.margins(x=0.08, y=0.12)
+    _widen(axes)
 
 
 def _has_both(run: Run) -> bool:
@@ -420,7 +563,7 @@ def _place(
     return (index * column + left) / width, bottom / height, inner, (height - top - bottom) / height
 
 
-def _panel_figure(draw: Callable[[Axes, Theme], Axes], groups: Sequence[Group], theme: Theme) -> Figure:
+def _panel_figure(draw: Draw, groups: Sequence[Group], theme: Theme) -> Figure:
     figure = Figure(figsize=PANEL_SIZE, facecolor=theme.background)
     axes = figure.add_axes(_place(PANEL_SIZE, _label_width(groups)), facecolor="none")
     draw(axes, theme)
@@ -433,11 +576,13 @@ def _seeds_text(groups: Sequence[Group]) -> str:
     return f"{most} seed{'' if counts == [1] else 's'} per arm"
 
 
-def _save_png(figure: Figure, path: Path, dots_per_inch: int = DOTS_PER_INCH) -> Path:
+def _save(figure: Figure, path: Path, dots_per_inch: int = DOTS_PER_INCH) -> Path:
+    """As PNG and as PDF, whose text stays text; neither has a time or a program's name in it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=dots_per_inch, metadata={"Software": None})
+    figure.savefig(path.with_suffix(".pdf"), metadata={"Creator": None, "Producer": None, "CreationDate": None})
     return path
 
 

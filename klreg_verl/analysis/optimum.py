@@ -22,6 +22,13 @@ from klreg_verl.core.diversity import Answers, rarefied_distinct
 from klreg_verl.core.optimum import Direction, Prediction
 from klreg_verl.core.statistics import Estimate, mean_and_error
 
+NOTE = (
+    "Computed from the starting model's own draws, for a reward of 1 for right and 0 for wrong and a policy that can "
+    "be anything. An arm may stay below because it has not converged, because its parameters cannot follow each prompt "
+    "by itself, or because its term is not the whole divergence's."
+)
+"""What a reader must know of the prediction."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Known:

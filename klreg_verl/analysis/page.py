@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
 
-from klreg_verl.analysis import claims, figures, retention, stats, templates
+from klreg_verl.analysis import cards, claims, figures, findings, optimum, retention, stats, tables, templates
+from klreg_verl.analysis.cards import differing_facts, facts
 from klreg_verl.analysis.runs import Run
 from klreg_verl.analysis.samples import Response, SideBySide, side_by_side
+from klreg_verl.analysis.study import Study
 from klreg_verl.analysis.summary import (
     Group,
     alarms,
     checks,
-    differing_facts,
     error_over,
     evaluations,
-    facts,
     final_value,
     gradients,
     recorded_columns,
@@ -29,31 +28,8 @@ from klreg_verl.analysis.summary import (
 MAX_RESPONSES = 8
 FOOTER = (
     "Every number and sentence on this page is computed from the run folders. "
-    "summary.csv, metrics_long.csv, report.md and figures/ lie beside it."
+    "report.md, summary.csv, diversity.csv, metrics_long.csv, figures/ (PNG and PDF) and tables/ (LaTeX) lie beside it."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """What a report is about."""
-
-    name: str
-    question: str
-    runs: tuple[Run, ...]
-    groups: tuple[Group, ...]
-    missing: tuple[str, ...] = ()
-    """Run ids that the recipe plans and that have no folder."""
-    verdicts: tuple[claims.Verdict, ...] = ()
-    """How the claims ended."""
-
-    @property
-    def tasks(self) -> list[str]:
-        """Tasks in order of appearance."""
-        return list(dict.fromkeys(group.task for group in self.groups))
-
-    def of_task(self, task: str) -> list[Group]:
-        """The groups of one task."""
-        return [group for group in self.groups if group.task == task]
 
 
 def render(study: Study) -> str:
@@ -94,13 +70,17 @@ def smoothing_text(study: Study) -> str:
 
 def _sections(study: Study) -> list[tuple[str, str, str]]:
     return [
+        ("findings", "Findings", _findings(study)),
         ("scope", "What this is, and what it is not", f'<div class="scope"><p>{escape(scope(study.groups))}</p></div>'),
         ("claims", "Claims", _claims(study)),
+        ("undeclared", "Run cards that differ though no recipe says so", _undeclared(study)),
         ("unfinished", "Runs that are not finished or not whole", _unfinished(study)),
         ("alarms", "Alarms", _alarms(study)),
         ("summary", "At the end", _summary(study)),
         ("courses", "Over the steps", _courses(study)),
-        ("frontier", "Accuracy against KL", _frontier(study)),
+        ("frontier", "Against KL", _frontier(study)),
+        ("diversity", "Diversity", _diversity(study)),
+        ("optimum", "Predicted optimum and what was achieved", _optimum(study)),
         ("gradient", "What each arm's gradient followed", _gradients(study)),
         ("evaluation", "Held-out evaluation", _evaluations(study)),
         ("retention", "Skills that were not trained", _retained(study)),
@@ -142,6 +122,39 @@ def _dot(group: Group) -> str:
 def _table(head: str, rows: Iterable[str]) -> str:
     body = "\n".join(f"<tr>{row}</tr>" if not row.startswith("<tr") else row for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _findings(study: Study) -> str:
+    """Each with a link to its evidence, where that section is shown."""
+    rows = [
+        f'<li class="{"caution" if each.is_caution else "finding"}">{_unbroken(each.text)} '
+        f'<a class="evidence" href="#{each.anchor}">{EVIDENCE[each.anchor]}</a></li>'
+        for each in findings.findings(study)
+    ]
+    return f'<ul class="findings">{"".join(rows)}</ul>' if rows else ""
+
+
+EVIDENCE = {
+    "scope": "what that means",
+    "claims": "its evidence",
+    "summary": "table",
+    "diversity": "table",
+    "optimum": "figure and table",
+    "retention": "table",
+    "undeclared": "which",
+    "unfinished": "why",
+    "alarms": "where",
+}
+"""What a link to a section is called."""
+
+
+def _undeclared(study: Study) -> str:
+    told = "".join(f"<li>{escape(sentence)}</li>" for sentence in cards.sentences(study.differences))
+    note = _note(
+        "Code, data, model and settings should be alike but for what the arms declare. Where they are not, a "
+        "difference between arms may be a difference of this."
+    )
+    return f'{note}<ul class="found">{told}</ul>' if told else ""
 
 
 def _claims(study: Study) -> str:
@@ -218,9 +231,24 @@ def _estimate(value: stats.Estimate, places: int) -> str:
     return f"{mean}<small>± {error}</small>" if error else mean
 
 
-def _figure(groups: Sequence[Group], name: str, anchor: str) -> str:
-    draw = figures.drawings(groups)[name]
-    return f"<figure>{figures.svg(draw, anchor, groups)}</figure>"
+def _shown(table: tables.Table) -> str:
+    """A table of texts; what follows ± goes below its number."""
+    head = f"<th>{escape(table.first.capitalize())}</th>" + "".join(
+        f'<th class="number">{escape(each.name)}<small>{escape(each.unit)}</small></th>' for each in table.heads
+    )
+    rows = []
+    for line in table.lines:
+        cells = "".join(f'<td class="number">{_below(cell)}</td>' for cell in line.cells)
+        dot = _dot(line.group) if line.group else '<span class="dot none"></span>'
+        small = f"<small>{escape(line.small)}</small>" if line.small else ""
+        rows.append(f"<th>{dot}{escape(line.label)}{small}</th>{cells}")
+    wide = _table(head, rows).replace('class="scroll"', 'class="scroll wide"', 1)
+    return wide + (_note(table.note) if table.note else "")
+
+
+def _below(cell: str) -> str:
+    mean, _, error = cell.partition(" ± ")
+    return f"{escape(mean)}<small>± {escape(error)}</small>" if error else escape(cell)
 
 
 def _per_task(study: Study, names: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -228,9 +256,13 @@ def _per_task(study: Study, names: Sequence[str]) -> list[tuple[str, list[str]]]
     shown = []
     for task in study.tasks:
         groups = study.of_task(task)
-        drawn = [name for name in figures.drawings(groups) if name in names]
+        drawn = [
+            f"<figure>{figures.svg(draw, f'{task}-{name}', groups)}</figure>"
+            for name, draw in figures.drawings(groups, study.optima).items()
+            if name in names
+        ]
         if drawn:
-            shown.append((task, [_figure(groups, name, f"{task}-{name}") for name in drawn]))
+            shown.append((task, drawn))
     return shown
 
 
@@ -246,18 +278,47 @@ def _courses(study: Study) -> str:
 
 def _not_recorded(study: Study) -> str:
     panels = (*figures.TIME_COURSES, *figures.MISMATCH)
-    absent = [panel.title for panel in panels if not figures.recorded(study.groups, panel)]
+    absent = [panel.title for panel in panels if panel.missed and not figures.recorded(study.groups, panel)]
     return _note(f"Not recorded by any run: {', '.join(absent)}.") if absent else ""
 
 
 def _frontier(study: Study) -> str:
-    shown = _per_task(study, [figures.KL_ACCURACY])
-    note = _note(
-        f"A dot is the mean of {figures.block_size(study.groups)} steps; arrows point forward in time. "
+    shown = _per_task(study, [figures.KL_ACCURACY, *(panel.name for panel in figures.FRONTIERS)])
+    drawn = [_with_heading(study, task, _grid(each)) for task, each in shown]
+    bands = any(figures.has_frontier(study.of_task(task), panel) for task in study.tasks for panel in figures.FRONTIERS)
+    return _note(against_kl_text(study, bands)) + "".join(drawn) if drawn else ""
+
+
+def against_kl_text(study: Study, bands: bool) -> str:
+    """How to read the figures over KL."""
+    path = (
+        f"Over the steps, a dot is the mean of {figures.block_size(study.groups)} steps; arrows point forward in time. "
         "Higher at the same KL is more accuracy for the same distance from the reference."
     )
-    drawn = [_with_heading(study, task, f'<div class="single">{each[0]}</div>') for task, each in shown]
-    return note + "".join(drawn) if drawn else ""
+    at_end = (
+        " At the same KL, a dot is where a finished run ended; the line is an arm's mean over seeds, each seed's betas "
+        "joined by straight lines, and the band its pointwise 95 % t interval. Nothing is extrapolated."
+    )
+    return path + at_end * bands
+
+
+def _grid(drawn: Sequence[str]) -> str:
+    return f'<div class="single">{drawn[0]}</div>' if len(drawn) == 1 else f'<div class="grid">{"".join(drawn)}</div>'
+
+
+def _diversity(study: Study) -> str:
+    table = tables.diversity(study)
+    return _shown(table) if table.lines else ""
+
+
+def _optimum(study: Study) -> str:
+    """Nothing where no arm has stored what a prediction needs."""
+    table = tables.optima(study)
+    if not table.lines:
+        return ""
+    told = "".join(f"<li>{_unbroken(sentence)}</li>" for sentence in optimum.sentences(study.optima))
+    shown = [_with_heading(study, task, _grid(each)) for task, each in _per_task(study, [figures.OPTIMUM])]
+    return f'{"".join(shown)}{_shown(table)}<ul class="found">{told}</ul>{_note(optimum.NOTE)}'
 
 
 def _gradients(study: Study) -> str:

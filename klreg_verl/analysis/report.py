@@ -3,10 +3,13 @@
     runs/<recipe>/report.html        self-contained: style and figures inside
                   report.md          the same in Markdown; what a person writes between its findings marks is kept
                   summary.csv        the final table
+                  claims.csv         how the claims ended, where the recipe has any
+                  diversity.csv      a row a run: diversity of its stored samples at the start and at the end
                   metrics_long.csv   every recorded number: arm, task, grid, seed, status, step, key, value
-                  figures/           overview.png and one PNG a figure (with several tasks: in a folder a task)
+                  figures/           overview and one figure each, as PNG and PDF (several tasks: in a folder a task)
+                  tables/            the tables of the report as LaTeX, for booktabs
 
-The same run folders give the same bytes.
+The same run folders give the same bytes. An anonymous report has no host, path or remote in any of these files.
 """
 
 from __future__ import annotations
@@ -17,18 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from klreg_verl.analysis import claims, figures, retention, stats
-from klreg_verl.analysis.page import Study, counts, render, smoothing_text
-from klreg_verl.analysis.runs import Run, load, long_table
+from klreg_verl.analysis import cards, claims, figures, findings, optimum, retention, stats, tables
+from klreg_verl.analysis.cards import differing_facts, facts
+from klreg_verl.analysis.embeddings import Embedder
+from klreg_verl.analysis.page import against_kl_text, counts, render, smoothing_text
+from klreg_verl.analysis.runs import Run, write_long_table
+from klreg_verl.analysis.study import Study, read_study
 from klreg_verl.analysis.summary import (
     Column,
     Group,
     alarms,
     checks,
-    differing_facts,
     error_over,
     evaluations,
-    facts,
     final_value,
     gradients,
     group_runs,
@@ -44,6 +48,8 @@ FINDINGS = ("<!-- findings: written by a person, kept by the generator -->", "<!
 MAX_LINES = 15
 TERMINAL_COLUMNS = ("accuracy", "kl_k1_response", "entropy_token", "coverage")
 
+__all__ = ["ReportPaths", "markdown_text", "read_study", "summary_lines", "write_report"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportPaths:
@@ -54,10 +60,18 @@ class ReportPaths:
     summary: Path
     metrics: Path
     figures: tuple[Path, ...]
-    """Overviews first."""
+    """PNG files, overviews first; a PDF lies beside each."""
+    lines: tuple[str, ...] = ()
+    """The summary for a terminal, at most 15 lines."""
 
 
-def write_report(recipe_dir: Path, recipe_text: Mapping[str, Any] | None = None) -> ReportPaths:
+def write_report(
+    recipe_dir: Path,
+    recipe_text: Mapping[str, Any] | None = None,
+    *,
+    anonymous: bool = False,
+    embedder: Embedder | None = None,
+) -> ReportPaths:
     """Reads the runs below ``recipe_dir`` and writes their report into it.
 
     Args:
@@ -66,71 +80,117 @@ def write_report(recipe_dir: Path, recipe_text: Mapping[str, Any] | None = None)
             "arms", names in the order in which they are to be shown; "planned", the run ids
             (<arm>/<task>/[<grid>/]seed<k>) that should exist, so that one without a folder is named; "claims", as
             the recipe has them now: those of the run cards are decided without it.
+        anonymous: leave out hosts, paths, remotes and addresses.
+        embedder: for the cosines of responses; None leaves them out.
 
     Raises:
         ValueError: there is no such folder.
     """
     recipe_dir = Path(recipe_dir)
-    study = read_study(recipe_dir, recipe_text or {})
+    study = read_study(recipe_dir, recipe_text or {}, anonymous=anonymous, embedder=embedder)
     drawn = _write_figures(study, recipe_dir / "figures")
     html, markdown = recipe_dir / "report.html", recipe_dir / "report.md"
-    summary, metrics = recipe_dir / "summary.csv", recipe_dir / "metrics_long.csv"
-    if study.verdicts:
-        _write(recipe_dir / "claims.csv", claims.table(study.verdicts).to_csv(index=False, lineterminator="\n"))
     _write(html, render(study))
-    _write(
-        markdown, markdown_text(study, [path.relative_to(recipe_dir).as_posix() for path in drawn], _findings(markdown))
+    places = [path.relative_to(recipe_dir).as_posix() for path in drawn]
+    _write(markdown, markdown_text(study, places, _findings(markdown)))
+    _write_tables(study, recipe_dir)
+    return ReportPaths(
+        html=html,
+        markdown=markdown,
+        summary=recipe_dir / "summary.csv",
+        metrics=recipe_dir / "metrics_long.csv",
+        figures=tuple(drawn),
+        lines=tuple(_lines(study)),
     )
-    _write(summary, summary_table(study.groups).to_csv(index=False, lineterminator="\n"))
-    _write(metrics, long_table(list(study.runs)).to_csv(index=False, lineterminator="\n"))
-    return ReportPaths(html=html, markdown=markdown, summary=summary, metrics=metrics, figures=tuple(drawn))
 
 
-def read_study(recipe_dir: Path, recipe_text: Mapping[str, Any]) -> Study:
-    """The runs of a recipe with its question; ``recipe_text`` as for ``write_report``."""
-    runs = tuple(load(recipe_dir))
-    groups = tuple(group_runs(runs, tuple(recipe_text.get("arms") or ())))
-    existing = {run.run_id for run in runs}
-    name = str(recipe_text.get("name") or recipe_dir.resolve().name)
-    return Study(
-        name=name,
-        question=str(recipe_text.get("question") or name).strip(),
-        runs=tuple(run for group in groups for run in group.runs),
-        groups=groups,
-        missing=tuple(run_id for run_id in recipe_text.get("planned") or () if run_id not in existing),
-        verdicts=tuple(claims.judge(runs, recipe_text.get("claims"))),
-    )
+def _write_tables(study: Study, folder: Path) -> None:
+    """The CSV files and the LaTeX tables; those of an earlier report that have no rows any more go."""
+    summary = {"summary": summary_table(study.groups)}
+    summary |= {"claims": claims.table(study.verdicts)} if study.verdicts else {}
+    summary |= {"diversity": study.variety.per_run} if study.variety.rows else {}
+    for name, table in summary.items():
+        _write(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+    temporary = folder / ".metrics_long.csv.tmp"
+    write_long_table(study.runs, temporary)
+    os.replace(temporary, folder / "metrics_long.csv")
+    (folder / "tables").mkdir(exist_ok=True)
+    made = {f"{table.name}.tex": tables.latex(table) for table in tables.all_tables(study)}
+    for name, text in made.items():
+        _write(folder / "tables" / name, text)
+    kept = {*made, *(f"{name}.csv" for name in summary)}
+    gone = [folder / "tables" / f"{name}.tex" for name in ("final", "claims", "diversity", "optimum", "retention")]
+    for path in [*gone, folder / "claims.csv", folder / "diversity.csv"]:
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
 
 
 def summary_lines(runs: Sequence[Run], arms: Sequence[str] = ()) -> list[str]:
     """At most 15 lines for a terminal: a row a setting, in the order of `arms`, and which runs are not done."""
-    groups = group_runs(runs, arms)
-    ends = claims.lines(claims.judge(runs, noise=False))
-    shown = groups[: max(4, MAX_LINES - 5 - len(ends))]
-    columns = [column for column in recorded_columns(groups) if column.slug in TERMINAL_COLUMNS]
-    header = ["arm", "gradient follows", *(column.name for column in columns), "steps", "± over"]
-    rows = _cells(shown, columns)
+    groups = tuple(group_runs(runs, arms))
+    verdicts = tuple(claims.judge(runs, noise=False))
+    differences = tuple(cards.undeclared(runs))
+    return _lines(
+        Study(name="", question="", runs=tuple(runs), groups=groups, verdicts=verdicts, differences=differences)
+    )
+
+
+def _lines(study: Study) -> list[str]:
+    ends = claims.lines(study.verdicts)
+    shown = study.groups[: max(4, MAX_LINES - 5 - len(ends))]
+    columns = [column for column in recorded_columns(study.groups) if column.slug in TERMINAL_COLUMNS]
+    more = _more_columns(study, shown)
+    rows = [[*row[:-2], *extra, *row[-2:]] for row, extra in zip(_cells(shown, columns), more[1], strict=True)]
+    header = ["arm", "gradient follows", *(column.name for column in columns), *more[0], "steps", "± over"]
     lines = _aligned([header, *rows]) if rows else ["No runs."]
-    lines += [f"... and {len(groups) - len(shown)} more in summary.csv"] if len(groups) > len(shown) else []
+    unseen = len(study.groups) - len(shown)
+    lines += [f"... and {unseen} more in summary.csv"] if unseen > 0 else []
     lines += ["Means of the last ten steps."] if rows else []
-    waiting = [f"{run.run_id} ({run.status})" for run in runs if not run.is_done]
-    more = f" and {len(waiting) - 4} more" if len(waiting) > 4 else ""
-    lines += [f"Not done: {', '.join(waiting[:4])}{more}"] if waiting else []
+    waiting = [f"{run.run_id} ({run.status})" for run in study.runs if not run.is_done]
+    rest = f" and {len(waiting) - 4} more" if len(waiting) > 4 else ""
+    lines += [f"Not done: {', '.join(waiting[:4])}{rest}"] if waiting else []
+    fields = list(dict.fromkeys(each.field for each in study.differences))
+    told = ", ".join(fields[:3]) + (f" and {len(fields) - 3} more" if len(fields) > 3 else "")
+    lines += [f"Cards differ in {told}: not declared by the recipe."] if fields else []
     return lines + (ends if len(ends) <= MAX_LINES - len(lines) else [*ends[: MAX_LINES - len(lines) - 1], "..."])
 
 
-def markdown_text(study: Study, drawn: Sequence[str], findings: str = "") -> str:
-    """report.md; ``drawn`` are the figures' paths relative to it, ``findings`` what a person wrote into it before."""
+def _more_columns(study: Study, shown: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Cosine, and the lowest change of a retained skill, where any setting has them: heads, and cells a setting."""
+    cosines = [study.variety.of(group, "cosine") for group in shown]
+    lost = [_lowest_change(group) for group in shown]
+    columns = [(name, each) for name, each in (("Cosine", cosines), ("Retention", lost)) if any(e.num for e in each)]
+    texts = [
+        [stats.text(value, stats.places(column), sign=name == "Retention") for value in column]
+        for name, column in columns
+    ]
+    return [name for name, _ in columns], [[column[index] for column in texts] for index in range(len(shown))]
+
+
+def _lowest_change(group: Group) -> stats.Estimate:
+    changes = [one.change for _, skills in retention.retained([group]) for one in skills if one.change.num]
+    return min(changes, key=lambda each: each.mean, default=stats.mean_and_error([]))
+
+
+def markdown_text(study: Study, drawn: Sequence[str], written: str = "") -> str:
+    """report.md; ``drawn`` are the figures' paths relative to it, ``written`` what a person wrote into it before."""
     parts = [
         f"# {study.question}",
         f"klreg_verl, recipe `{study.name}`: {counts(study)}.",
-        f"{FINDINGS[0]}\n{findings.strip()}\n{FINDINGS[1]}" if findings.strip() else "\n".join(FINDINGS),
+        f"{FINDINGS[0]}\n{written.strip()}\n{FINDINGS[1]}" if written.strip() else "\n".join(FINDINGS),
+        _section("Findings", "\n".join(f"- {each.text}" for each in findings.findings(study))),
         f"## What this is, and what it is not\n\n{scope(study.groups)}",
         _section("Claims", _claim_lines(study)),
+        _section(
+            "Run cards that differ though no recipe says so",
+            "\n".join(f"- {sentence}" for sentence in cards.sentences(study.differences)),
+        ),
         _section("Runs that are not finished or not whole", _unfinished_lines(study)),
         _section("Alarms", _table(("run", "alarm", "where"), alarms(study.runs))),
         _section("At the end", _summary_markdown(study)),
         _section("Figures", _figures_markdown(study, drawn)),
+        _section("Diversity", _with_note(tables.diversity(study))),
+        _section("Predicted optimum and what was achieved", _optimum_markdown(study)),
         _section("What each arm's gradient followed", _gradient_lines(study)),
         _section("Held-out evaluation", _evaluation_tables(study)),
         _section("Skills that were not trained", _retention_tables(study)),
@@ -153,7 +213,7 @@ def _write_figures(study: Study, folder: Path) -> list[Path]:
     for task in study.tasks:
         groups = study.of_task(task)
         place = folder / task if len(study.tasks) > 1 else folder
-        drawings = figures.drawings(groups)
+        drawings = figures.drawings(groups, study.optima)
         if any(panel.name in drawings for panel in figures.OVERVIEW):
             overviews.append(figures.overview(groups, place / "overview.png"))
         single += [figures.png(draw, place / f"{name}.png", groups) for name, draw in drawings.items()]
@@ -221,13 +281,20 @@ def _summary_markdown(study: Study) -> str:
 
 
 def _figures_markdown(study: Study, drawn: Sequence[str]) -> str:
-    titles = {panel.name: panel.title for panel in (*figures.TIME_COURSES, *figures.MISMATCH)}
-    titles |= {
-        figures.KL_ACCURACY: "Accuracy against KL",
-        "overview": "Accuracy, KL to the reference, entropy and coverage",
-    }
-    images = [f"![{titles[Path(path).stem]}]({path})" for path in drawn]
-    return "\n\n".join([smoothing_text(study), *images]) if images else ""
+    images = [f"![{figures.TITLES[Path(path).stem]}]({path})" for path in drawn]
+    bands = any(path.split("/")[-1].startswith("frontier_") for path in drawn)
+    told = [smoothing_text(study), against_kl_text(study, bands)]
+    return "\n\n".join([*told, *images]) if images else ""
+
+
+def _with_note(table: tables.Table) -> str:
+    return "\n\n".join(part for part in (tables.markdown(table), table.note) if part) if table.lines else ""
+
+
+def _optimum_markdown(study: Study) -> str:
+    table = tables.optima(study)
+    told = "\n".join(f"- {sentence}" for sentence in optimum.sentences(study.optima))
+    return "\n\n".join([tables.markdown(table), told, optimum.NOTE]) if table.lines else ""
 
 
 def _gradient_lines(study: Study) -> str:

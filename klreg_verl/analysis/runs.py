@@ -14,13 +14,17 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.json
+from pyarrow import csv
 
 ALARM, SATURATED = "alarm/", "kl/saturated"
 SEED_FOLDER = re.compile(r"seed(\d+)")
@@ -121,6 +125,8 @@ def read_run(path: Path, recipe_dir: Path) -> Run:
     names = ("spec.json", "state.json", "provenance.json")
     spec, state, provenance = (_read_object(path / name, problems) for name in names)
     metrics = read_metrics(path / "metrics.jsonl", problems)
+    torn = [file.name for file in sample_files(path).values() if not is_whole(file)]
+    problems += [f"samples/{name} is torn; it is left out" for name in torn]
     return Run(
         path=path,
         arm=arm,
@@ -136,12 +142,25 @@ def read_run(path: Path, recipe_dir: Path) -> Run:
     )
 
 
+def sample_files(folder: Path) -> dict[int, Path]:
+    """Step -> file of samples/."""
+    files = sorted((folder / "samples").glob("step_*.parquet"))
+    return {int(path.stem.removeprefix("step_")): path for path in files if path.stem.removeprefix("step_").isdigit()}
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a parquet file has its end."""
+    if path.stat().st_size < 12:
+        return False
+    with path.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return file.read() == b"PAR1"
+
+
 def read_metrics(path: Path, problems: list[str]) -> pd.DataFrame:
     """metrics.jsonl as a table indexed by step. Null is NaN. Lines that cannot be read are told to ``problems``."""
-    rows = list(_metric_lines(path, problems))
-    steps = [int(row["step"]) for row in rows]
-    values = [{key: _number(value) for key, value in row.items() if key != "step"} for row in rows]
-    table = pd.DataFrame(values, index=pd.Index(steps, name="step", dtype="int64"), dtype="float64")
+    table = _read_whole(path)
+    table = _read_lines(path, problems) if table is None else table
     repeated = sorted(set(table.index[table.index.duplicated()]))
     if repeated:
         problems.append(f"metrics.jsonl has step {_join(repeated)} more than once; the last line is used")
@@ -150,11 +169,57 @@ def read_metrics(path: Path, problems: list[str]) -> pd.DataFrame:
     return table
 
 
-def long_table(runs: list[Run]) -> pd.DataFrame:
-    """Columns arm, task, grid, seed, status, step, key, value; one row per recorded finite number."""
-    columns = ["arm", "task", "grid", "seed", "status", "step", "key", "value"]
-    parts = [_melt(run) for run in runs if len(run.metrics)]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+def _read_whole(path: Path) -> pd.DataFrame | None:
+    """The table where every line is sound and holds numbers; else None, and it is read line by line."""
+    if not path.exists() or not path.stat().st_size:
+        return None
+    try:
+        table = pyarrow.json.read_json(path)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError, UnicodeDecodeError):
+        return None
+    numbers = all(pa.types.is_floating(t) or pa.types.is_integer(t) or pa.types.is_null(t) for t in table.schema.types)
+    steps = table["step"] if numbers and table.column_names.count("step") == 1 else None
+    if steps is None or steps.null_count or not pa.types.is_integer(steps.type):
+        return None
+    columns = {
+        name: table[name].cast(pa.float64()).to_numpy(zero_copy_only=False)
+        for name in table.column_names
+        if name != "step"
+    }
+    index = pd.Index(steps.to_numpy(), name="step", dtype="int64")
+    return pd.DataFrame(columns, index=index, dtype="float64")
+
+
+def _read_lines(path: Path, problems: list[str]) -> pd.DataFrame:
+    rows = list(_metric_lines(path, problems))
+    steps = [int(row["step"]) for row in rows]
+    values = [{key: _number(value) for key, value in row.items() if key != "step"} for row in rows]
+    return pd.DataFrame(values, index=pd.Index(steps, name="step", dtype="int64"), dtype="float64")
+
+
+LONG_COLUMNS = ("arm", "task", "grid", "seed", "status", "step", "key", "value")
+
+
+def write_long_table(runs: Sequence[Run], path: Path) -> None:
+    """``LONG_COLUMNS`` as CSV, one row per recorded finite number, run by run, so that memory does not grow."""
+    plain = not any(set(',"\r\n') & set("".join((run.run_id, *map(str, run.metrics)))) for run in runs)
+    options = csv.WriteOptions(include_header=False, quoting_style="none" if plain else "needed")
+    with path.open("wb") as file:
+        file.write((",".join(LONG_COLUMNS) + "\n").encode())
+        for run in runs:
+            if len(run.metrics):
+                csv.write_csv(_long(run), file, options)
+
+
+def _long(run: Run) -> pa.Table:
+    values = run.metrics.to_numpy(dtype=np.float64).T
+    columns, rows = np.nonzero(np.isfinite(values))
+    keys = pa.array([str(key) for key in run.metrics], pa.string())
+    named = (run.arm, run.task, ",".join(run.grid), run.seed, run.status)
+    arrays = [pa.repeat(pa.scalar(value), len(rows)) for value in named]
+    steps = pa.array(run.metrics.index.to_numpy()[rows])
+    arrays += [steps, keys.take(pa.array(columns)), pa.array(values[columns, rows])]
+    return pa.table(dict(zip(LONG_COLUMNS, arrays, strict=True)))
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
@@ -244,8 +309,3 @@ def _gaps(steps: pd.Index) -> list[str]:
 def _join(steps: list[int]) -> str:
     shown = ", ".join(str(step) for step in steps[:8])
     return shown if len(steps) <= 8 else f"{shown} and {len(steps) - 8} more"
-
-
-def _melt(run: Run) -> pd.DataFrame:
-    table = run.metrics.reset_index().melt(id_vars="step", var_name="key", value_name="value").dropna(subset="value")
-    return table.assign(arm=run.arm, task=run.task, grid=",".join(run.grid), seed=run.seed, status=run.status)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from klreg_verl.analysis.runs import Run
+from klreg_verl.analysis.runs import Run, is_whole, sample_files
 from klreg_verl.analysis.summary import Group
 
 
@@ -39,9 +39,8 @@ class SideBySide:
 
 
 def stored_steps(run: Run) -> dict[int, Path]:
-    """Step -> file of samples/."""
-    files = sorted((run.path / "samples").glob("step_*.parquet"))
-    return {int(path.stem.removeprefix("step_")): path for path in files if path.stem.removeprefix("step_").isdigit()}
+    """Step -> whole file of samples/; torn ones are named in ``run.problems``."""
+    return {step: path for step, path in sample_files(run.path).items() if is_whole(path)}
 
 
 def side_by_side(groups: Sequence[Group], num_prompts: int = 3) -> list[SideBySide]:

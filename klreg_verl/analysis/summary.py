@@ -13,8 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from klreg_verl.analysis import stats
-from klreg_verl.analysis.runs import Run, mapping
+from klreg_verl.analysis import cards, stats
+from klreg_verl.analysis.runs import Run
 from klreg_verl.analysis.stats import Estimate
 
 ACCURACY = "train/accuracy"
@@ -282,28 +282,6 @@ def unfinished(runs: Sequence[Run]) -> list[Run]:
     return sorted((run for run in runs if not run.is_done or run.problems), key=lambda run: rank.get(run.status, 4))
 
 
-def facts(provenance: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """provenance.json flattened to dotted keys, long texts (a diff) replaced by their length; without "gradient"."""
-    flat: dict[str, str] = {}
-    for key, value in provenance.items():
-        name = f"{prefix}{key}"
-        if name == "claims":  # the report has a section of its own for them
-            flat["claims.sha256"] = _short(mapping(value).get("sha256"))
-        elif isinstance(value, Mapping):
-            flat |= facts(value, f"{name}.")
-        elif name != "gradient":
-            flat[name] = _short(value)
-    return flat
-
-
-def differing_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Facts of the run cards that are not the same in every run, with the value of each run ("–" where absent)."""
-    cards = [facts(run.provenance) for run in runs]
-    keys = sorted({key for card in cards for key in card})
-    values = {key: [card.get(key, "–") for card in cards] for key in keys}
-    return {key: each for key, each in values.items() if len(set(each)) > 1}
-
-
 def _pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
     """(first group of the task, other group) for every other group."""
     first: dict[str, Group] = {}
@@ -339,8 +317,9 @@ def _comparison(group: Group, baseline: Group, column: Column, prefix: str) -> s
     return (
         f"{prefix}{group.label} against {baseline.label}: {column.spoken} ended at {stats.number(found.group, places)} "
         f"against {stats.number(found.baseline, places)} "
-        f"(difference {stats.text(gap, places, sign=True)} {_pairing(found)})."
-    )
+        f"(difference {stats.text(gap, places, sign=True)} {_pairing(found)}). "
+        f"{cards.caution([*group.final_runs, *baseline.final_runs])}"
+    ).rstrip()
 
 
 def _pairing(found: Contrast) -> str:
@@ -410,8 +389,3 @@ def _evaluation(groups: Sequence[Group], key: str, num_steps: int) -> Evaluation
         for group in columns
     ]
     return Evaluation(steps=tuple(steps), values=tuple(rows))
-
-
-def _short(value: Any) -> str:
-    words = str(value)
-    return words if len(words) <= 200 else f"({len(words):,} characters, in provenance.json)"

@@ -59,6 +59,11 @@ h2 { margin: 0 0 14px; font-size: 21px; font-weight: 650; letter-spacing: -.01em
 h3 { margin: 26px 0 10px; font-size: 16px; font-weight: 650; }
 p, ul { max-width: 82ch; margin: 0 0 14px; }
 ul { padding-left: 1.15em; } .found { max-width: none; font-size: 15px; } li { margin-bottom: 5px; }
+.findings { max-width: 92ch; list-style: none; padding: 20px 24px; margin: 0; background: var(--paper);
+  border: 1px solid var(--grid); border-radius: 10px; }
+.findings li { padding-left: 16px; border-left: 3px solid var(--grid); margin-bottom: 12px; }
+.findings li:last-child { margin-bottom: 0; } .findings .caution { border-color: var(--bad); }
+.evidence { color: var(--muted); font-size: 13px; white-space: nowrap; }
 .note { color: var(--muted); font-size: 14px; }
 .scope { border-left: 3px solid var(--muted); padding: 2px 0 2px 18px; }
 .scope p:last-child { margin-bottom: 0; }
@@ -71,14 +76,17 @@ th small, td small { display: block; color: var(--muted); font-weight: 400; font
 tbody th small { padding-left: 19px; white-space: normal; }
 tbody tr + tr td, tbody tr + tr th { border-top: 1px solid var(--grid); }
 tbody th { font-weight: 600; white-space: nowrap; }
+.wide th, .wide td { padding: 8px 9px; } .wide thead th, .wide th small { white-space: normal; vertical-align: bottom; }
+.wide tbody th { min-width: 9.5em; } .wide tbody th small { max-width: 30ch; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 tr.task th { color: var(--muted); font-weight: 400; background: var(--wash); }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 9px; }
+.dot.none { border: 1.5px solid var(--muted); }
 .grid, .statements { display: grid; gap: 16px; margin-bottom: 14px; }
 .grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; padding: 10px 10px 4px; }
 figure svg { display: block; width: 100%; height: auto; }
-.single { max-width: 560px; }
+.single { max-width: 560px; margin-bottom: 14px; }
 .statements { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
 .card { padding: 16px 18px; }
 .card p { margin: 0 0 8px; font-size: 15px; } .card p:last-child { margin: 0; }
@@ -98,7 +106,8 @@ footer { color: var(--muted); font-size: 13px; border-top: 1px solid var(--grid)
 @media print {
   :root { color-scheme: light; }
   body { background: none; font-size: 10.5pt; } main { padding: 0; max-width: none; }
-  nav { display: none; } h1 { font-size: 22pt; } section { margin-bottom: 22pt; }
+  nav, .evidence { display: none; } .findings { padding: 8pt 12pt; }
+  h1 { font-size: 22pt; } section { margin-bottom: 22pt; }
   figure, .card, tr, details { break-inside: avoid; } h2, h3 { break-after: avoid; }
   .grid { grid-template-columns: 1fr 1fr; gap: 8pt; } .scroll { overflow: visible; }
   table { font-size: 8pt; } th, td { padding: 4pt 5pt; }

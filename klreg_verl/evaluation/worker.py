@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,10 @@ def main() -> None:
     order = Order.from_json(sys.stdin.readline())
     try:
         work(order, tell)
-    except Exception as error:  # vLLM raises anything; the log has the traceback
+    except Exception as error:  # vLLM raises anything
+        traceback.print_exc()  # before the message, at which this process is ended
         tell(event="failed", reason=f"{type(error).__name__}: {error}")
-        raise
+        raise SystemExit(1) from None
     tell(event="done")
 
 

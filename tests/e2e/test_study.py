@@ -155,6 +155,8 @@ def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(
     assert [line["step"] for line in lines] == [1, 2]
     assert 0 < lines[0]["train/score"] < 1
     assert lines[0]["kl_ref/k3_token"] > 1e-3  # the reference is not the starting model
+    assert "kl_ref_t1/k3_token" not in lines[0]
+    assert 0 < lines[1]["kl_ref_t1/k3_token"] < lines[1]["kl_ref/k3_token"]  # at 0.9 the models' logits differ by more
     assert "diversity/coverage" not in lines[0] or lines[0]["diversity/coverage"] is None
     assert list(lab.folder("vowels", "forward", "vowels", 3).glob("wandb/offline-run-*/run-*.wandb"))
     actor = lab.folder("vowels", "forward", "vowels", 3) / "checkpoints" / "global_step_2" / "actor"

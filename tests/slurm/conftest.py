@@ -40,7 +40,7 @@ cpus_per_node: 2
 time: "10:00"
 notice_seconds: 60
 max_parallel: 1
-form_seconds: 60
+form_seconds: 240
 requeues: 30
 shared: [{shared}, {root}, {prefix}]
 object_store_gb: 0.1

@@ -121,7 +121,7 @@ class Lab:
         """(pid in the node, command line) of what is neither Slurm nor the node itself."""
         text = self.on_node(node, "ps", "-eo", "pid=,args=", "-ww")
         rows = [line.strip().split(None, 1) for line in text.splitlines()]
-        own = ("slurmd", "slurmstepd", "ps -eo", "bash " + str(self.base), "sleep 30")
+        own = ("slurmd", "slurmstepd", "ps -eo", "bash " + str(self.base), "sleep 60")
         return [(int(pid), args) for pid, args in rows if not args.startswith(own) and "slurmstepd" not in args[:40]]
 
     def remains(self) -> list[str]:
@@ -141,7 +141,7 @@ class Lab:
         self.on_node(node, "kill", f"-{number}", str(pid))
 
     def kill_slurmd(self, node: int) -> None:
-        """kill -9 of a node's slurmd; it comes back after 30 s."""
+        """kill -9 of a node's slurmd; it comes back after 60 s."""
         pid = (self.base / "log" / f"slurmd-node{node}.pid").read_text().strip()
         self.on_node(node, "kill", "-9", pid)
 

@@ -75,7 +75,7 @@ mount -t tmpfs -o size=2g,mode=1777 tmpfs /dev/shm
 for k in $(seq 500); do ip link show eth0 >/dev/null 2>&1 && break; sleep 0.02; done
 ip link set lo up; ip addr add $NET.$i/24 dev eth0; ip link set eth0 up; ip route add default via $NET.254
 ip link add docker0 type bridge; ip addr add 172.17.0.1/16 dev docker0; ip link set docker0 up   # the same on every node
-while :; do slurmd -D -f $SLURM_CONF -N node$i >>$BASE/log/slurmd-node$i.out 2>&1; sleep 30; done
+while :; do slurmd -D -f $SLURM_CONF -N node$i >>$BASE/log/slurmd-node$i.out 2>&1; sleep 60; done
 N
 for i in $(seq $NODES); do
   mkdir -p $BASE/spool-node$i

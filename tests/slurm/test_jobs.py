@@ -57,12 +57,12 @@ def assert_whole(lab: Lab, arm: str = "none", steps: int = 6) -> None:
     assert [line["train/accuracy"] for line in lines[1:]] == chain(steps)
 
 
-def assert_ends(lab: Lab, job: int, expected: str) -> None:
-    assert set(lab.wait(job).values()) == {expected}, lab.logs()
+def assert_ends(lab: Lab, job: int, expected: str, seconds: float = 300) -> None:
+    assert set(lab.wait(job, seconds).values()) == {expected}, lab.logs()
 
 
 def wait_for_step(lab: Lab, step: int, arm: str = "none") -> None:
-    lab.until(lambda: (metrics(folder(lab, arm)) or [{"step": 0}])[-1]["step"] >= step, f"step {step}")
+    lab.until(lambda: (metrics(folder(lab, arm)) or [{"step": 0}])[-1]["step"] >= step, f"step {step}", 240)
 
 
 def test_an_array_of_two_node_runs_is_done_once_with_one_report_and_nothing_left(lab: Lab):
@@ -80,8 +80,7 @@ def test_an_array_of_two_node_runs_is_done_once_with_one_report_and_nothing_left
     assert [row["status"] for row in rows] == ["done", "done"]
 
 
-LONG = ["--arm", "none", "train.steps=30"]
-SLOW = "environment: {STANDIN_SECONDS: '0.6'}"
+LONG = ["--arm", "none", "train.steps=40"]
 
 
 def head(lab: Lab, job: int) -> int:
@@ -133,38 +132,56 @@ def kill_slurmd_of_the_first_node(lab: Lab, job: int) -> None:
     lab.kill_slurmd(head(lab, job))
 
 
+SAVED = "SIGUSR1: asking the run to save and stop"
 INTERRUPTIONS = {
-    time_limit: "SIGUSR1: asking the run to save and stop",
-    preempt: "SIGUSR1: asking the run to save and stop",
-    requeue: "task 0, attempt 2",
+    time_limit: SAVED,
+    requeue: "DUE TO JOB REQUEUE",
+    preempt: SAVED,
     kill_the_driver: "failed: the driver was killed by SIGKILL",
     kill_the_runner: "exit code 76: requeueing",
     kill_rays_head: "Ray's gcs_server was killed",
     kill_the_other_nodes_ray: "node node[123] was lost",
-    kill_slurmd_of_the_other_node: "task 0, attempt 2",
-    kill_slurmd_of_the_first_node: "task 0, attempt 2",
+    kill_slurmd_of_the_other_node: "attempt 2 on",
+    kill_slurmd_of_the_first_node: "attempt 3 on",
 }
 """What is done to a running job -> what its log says then."""
+ONE_AFTER_THE_OTHER = {
+    "as Slurm does it": (time_limit, requeue, preempt),
+    "killed processes": (kill_the_driver, kill_the_runner, kill_rays_head, kill_the_other_nodes_ray),
+    "lost nodes": (kill_slurmd_of_the_other_node, kill_slurmd_of_the_first_node),
+}
 
 
-@pytest.mark.parametrize("interrupt", INTERRUPTIONS, ids=lambda one: one.__name__)
-def test_an_interrupted_run_goes_on_where_it_was_and_no_step_is_lost_or_doubled(lab: Lab, interrupt):
-    partition = "\npartition: spot" if interrupt is preempt else ""
-    slower = interrupt in (kill_slurmd_of_the_first_node, kill_slurmd_of_the_other_node)  # noticed after 15 s or more
-    job = submit(lab, *LONG, profile=(SLOW.replace("0.6", "2.5") if slower else SLOW) + partition)
-    wait_for_step(lab, 5)
-    interrupt(lab, job)
+@pytest.mark.parametrize("kind", ONE_AFTER_THE_OTHER)
+def test_an_interrupted_run_goes_on_where_it_was_and_no_step_is_lost_or_doubled(lab: Lab, kind: str):
+    seconds = "2.5" if kind == "lost nodes" else "0.6"  # Slurm notices after 15 s or more
+    job = submit(lab, *LONG, profile=f"partition: spot\nenvironment: {{STANDIN_SECONDS: '{seconds}'}}")
+    log = lab.shared / "runs/study/slurm/1/logs/0.log"
+    for number, interrupt in enumerate(ONE_AFTER_THE_OTHER[kind], start=1):
+        wait_for_step(lab, last(lab) + 3)
+        seen = log.read_text().count("\n")
+        interrupt(lab, job)
+        lab.until(lambda: re.search(INTERRUPTIONS[interrupt], tail(log, seen)), interrupt.__name__, 180)  # noqa: B023
+        lab.until(lambda: (folder(lab) / "attempts" / str(number + 1)).exists(), "the next attempt", 240)  # noqa: B023
+        if INTERRUPTIONS[interrupt] == SAVED:  # the step in hand, too
+            assert "is this attempt's last" in (folder(lab) / "attempts" / str(number) / "log").read_text()
     assert_ends(lab, job, "COMPLETED")
-    assert_whole(lab, steps=30)
-    log = (lab.shared / "runs/study/slurm/1/logs/0.log").read_text()
-    assert re.search(INTERRUPTIONS[interrupt], log), log
-    attempts = sorted((folder(lab) / "attempts").iterdir())
-    assert len(attempts) == 2, [path.name for path in attempts]
-    discarded = attempts[1] / "discarded.jsonl"
-    if interrupt in (time_limit, preempt):
-        assert not discarded.exists()  # the step in hand was saved
-        assert "is this attempt's last" in (attempts[0] / "log").read_text()
+    assert_whole(lab, steps=40)
+    for number, interrupt in enumerate(ONE_AFTER_THE_OTHER[kind], start=2):
+        if INTERRUPTIONS[interrupt] == SAVED:
+            assert not (folder(lab) / "attempts" / str(number) / "discarded.jsonl").exists()
+    assert len(list((folder(lab) / "attempts").iterdir())) == 1 + len(ONE_AFTER_THE_OTHER[kind])
     lab.until(lambda: not lab.remains(), "nothing left", 60)
+
+
+def last(lab: Lab) -> int:
+    """The run's last step."""
+    return (metrics(folder(lab)) or [{"step": 0}])[-1]["step"]
+
+
+def tail(log: Path, lines: int) -> str:
+    """What was written after so many lines."""
+    return "\n".join(log.read_text().splitlines()[lines:])
 
 
 def test_a_run_that_fails_twice_in_the_same_way_is_left_alone_and_the_next_one_goes_on(lab: Lab):
@@ -186,16 +203,24 @@ def test_a_run_that_fails_twice_in_the_same_way_is_left_alone_and_the_next_one_g
 
 
 def test_the_time_limit_is_respected_by_saving_and_coming_back(lab: Lab):
-    profile = "time: '2:00'\nnotice_seconds: 50\nenvironment: {STANDIN_SECONDS: '1'}"
-    job = submit(lab, "--arm", "none", "train.steps=80", "save.every=100", profile=profile)
-    lab.wait(job, 500)
-    assert_whole(lab, steps=80)
-    assert "the time limit is near" in (lab.shared / "runs/study/slurm/1/logs/0.log").read_text()
-    assert not list((folder(lab) / "attempts").glob("*/discarded.jsonl"))
+    profile = "time: '3:00'\nnotice_seconds: 90\nenvironment: {STANDIN_SECONDS: '1'}"
+    job = submit(lab, "--arm", "none", "train.steps=1000", "save.every=1000", profile=profile)
+    attempts = folder(lab) / "attempts"
+    lab.until(lambda: (attempts / "2" / "log").exists(), "a second attempt", 400)
+    text = (attempts / "1" / "log").read_text()
+    saved = int(re.search(r"asked to stop: step (\d+) is saved and is this attempt's last", text)[1])
+    log = (lab.shared / "runs/study/slurm/1/logs/0.log").read_text()
+    assert re.search("(the time limit is near|SIGUSR1): asking the run to save and stop", log)
+    wait_for_step(lab, saved + 2)
+    lab.run("scancel", str(job))
+    assert_ends(lab, job, "CANCELLED")
+    lines = metrics(folder(lab))
+    assert [line["train/accuracy"] for line in lines[1:]] == chain(len(lines) - 1)
+    assert not list(attempts.glob("*/discarded.jsonl"))  # the step in hand was saved
 
 
 def test_two_jobs_on_one_node_do_not_disturb_each_other(lab: Lab):
-    profile = "nodes: 1\nmax_parallel: 2\nsbatch: [--nodelist=node1]\nenvironment: {STANDIN_SECONDS: '1'}"
+    profile = "nodes: 1\nmax_parallel: 2\nmemory_gb: 2\nsbatch: [--nodelist=node1]\nenvironment: {STANDIN_SECONDS: '2'}"
     job = submit(lab, "resources.nodes=1", "train.steps=20", profile=profile)
     lab.until(lambda: len([s for s in lab.states(job).values() if s == "RUNNING"]) == 2, "both run")
     assert_ends(lab, job, "COMPLETED")
@@ -221,7 +246,7 @@ def test_nodes_that_do_not_come_together_say_why_and_come_back_as_often_as_the_p
 
 
 def test_a_cancelled_job_ends_does_not_come_back_and_is_submitted_again(lab: Lab):
-    job = submit(lab, *LONG, profile=SLOW)
+    job = submit(lab, *LONG, profile="environment: {STANDIN_SECONDS: '4'}")
     wait_for_step(lab, 3)
     assert "0 to submit, 0 done, 1 in the queue" in lab.klreg(
         "submit", study(lab), *LONG, "--profile", lab.shared / "changed.yaml"
@@ -231,8 +256,8 @@ def test_a_cancelled_job_ends_does_not_come_back_and_is_submitted_again(lab: Lab
     lab.until(lambda: not lab.remains(), "nothing left", 60)
     row = json.loads(lab.klreg("status", study(lab), *LONG[2:], "--json"))[0]
     assert (row["status"], row["slurm"]) == ("interrupted", "")
-    assert_ends(lab, submit(lab, *LONG, profile=SLOW), "COMPLETED")
-    assert_whole(lab, steps=30)
+    assert_ends(lab, submit(lab, *LONG), "COMPLETED")
+    assert_whole(lab, steps=40)
 
 
 def test_what_cannot_work_is_said_in_words_before_anything_is_submitted(lab: Lab):

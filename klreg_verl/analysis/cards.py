@@ -1,0 +1,197 @@
+"""What run cards say that no recipe declared, and cards without names.
+
+Two arms are compared to see what their settings do. If one of them ran on other code, other data or another model, the
+comparison shows that, too. So every comparison of such runs says it. What a recipe declares (the spec) may differ
+between arms; between the seeds of one arm it may not.
+
+An anonymous report leaves out hosts, paths and remotes; the hardware stays, because numbers depend on it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from klreg_verl.analysis.runs import Run, mapping
+
+COMPARED = re.compile(
+    r"versions\.|kl_source\.|data[._]|model[._]|reference[._]|git\.(commit|diff_sha256)$|python$|platform$"
+    r"|host\.(cpu|gpus)$"
+)
+"""Facts of a card that must be alike for a comparison to be of the settings alone."""
+ALIKE_ANYWHERE = re.compile(r"(^|[._])path$")
+"""Where a file lies says nothing: its hash stands beside it."""
+PER_RUN = {"seed", "run_id", "hash", "question", "root", "train.steps", "claims"}
+"""What a spec may have of its own in every seed of an arm."""
+NAMING = {"hostname", "node", "nodes", "user", "remote", "remotes", "origin", "url", "cwd", "root", "untracked", "diff"}
+"""Keys of a card that tell where and by whom a run was made."""
+HOST_FACTS = {"cpu", "cores", "cores_usable", "memory_gb", "gpus"}
+"""What an anonymous card keeps of the host."""
+ADDRESS = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*(?::\S+)?|\b\w[\w+.-]*://[^\s\"'<>]+")
+PATH = re.compile(r"(?<![\w/.])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\\"'<>|,;:()]+[/\\])+[^\s\"'<>|,;:()]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One field that nobody declared to differ, among the runs of one task."""
+
+    task: str
+    field: str
+    values: tuple[tuple[str, tuple[str, ...]], ...]
+    """(value, the runs that have it), the most frequent value first."""
+    within_seed: bool
+    """Whether arms of one seed differ: then pairing by seed does not take it out."""
+
+
+def facts(provenance: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """provenance.json flattened to dotted keys, long texts (a diff) replaced by their length; without "gradient"."""
+    flat: dict[str, str] = {}
+    for key, value in provenance.items():
+        name = f"{prefix}{key}"
+        if name == "claims":  # the report has a section of its own for them
+            flat["claims.sha256"] = short(mapping(value).get("sha256"))
+        elif isinstance(value, Mapping):
+            flat |= facts(value, f"{name}.")
+        elif name != "gradient":
+            flat[name] = short(value)
+    return flat
+
+
+def short(value: Any) -> str:
+    """The value as text; a long one as its length."""
+    words = str(value)
+    return words if len(words) <= 200 else f"({len(words):,} characters, in provenance.json)"
+
+
+def differing_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Facts of the run cards that are not the same in every run, with the value of each run ("–" where absent)."""
+    cards = [facts(run.provenance) for run in runs]
+    keys = sorted({key for card in cards for key in card})
+    values = {key: [card.get(key, "–") for card in cards] for key in keys}
+    return {key: each for key, each in values.items() if len(set(each)) > 1}
+
+
+# ---------------------------------------------------------------------------------------------------- undeclared
+
+
+def undeclared(runs: Sequence[Run]) -> list[Difference]:
+    """Every field of the cards, and of the specs of one setting's seeds, that differs without being declared."""
+    found = []
+    for task in dict.fromkeys(run.task for run in runs):
+        mine = [run for run in runs if run.task == task]
+        found += _of_cards(task, [run for run in mine if run.provenance])
+        for label in dict.fromkeys(run.label for run in mine):
+            found += _of_specs(task, [run for run in mine if run.label == label and run.spec])
+    return found
+
+
+def _of_cards(task: str, runs: Sequence[Run]) -> list[Difference]:
+    fields = differing_facts(runs)
+    chosen = [key for key in fields if COMPARED.match(key) and not ALIKE_ANYWHERE.search(key)]
+    return [_difference(task, key, runs, fields[key]) for key in chosen if not _is_declared(key, runs)]
+
+
+def _is_declared(field: str, runs: Sequence[Run]) -> bool:
+    """A recipe may name other models and references by arm: then their hashes differ as declared."""
+    block = field.partition(".")[0]
+    if block not in ("model", "reference"):
+        return False
+    return len({(str(run.spec.get("model")), str(run.spec.get("reference"))) for run in runs}) > 1
+
+
+def _of_specs(task: str, runs: Sequence[Run]) -> list[Difference]:
+    """Seeds of one setting that were asked for different things: the recipe was changed between them."""
+    specs = [{key: value for key, value in facts(run.spec).items() if key not in PER_RUN} for run in runs]
+    keys = sorted({key for spec in specs for key in spec if key.partition(".")[0] not in PER_RUN})
+    columns = {key: [spec.get(key, "–") for spec in specs] for key in keys}
+    return [_difference(task, f"spec.{key}", runs, each) for key, each in columns.items() if len(set(each)) > 1]
+
+
+def _difference(task: str, field: str, runs: Sequence[Run], values: Sequence[str]) -> Difference:
+    having: dict[str, list[str]] = {}
+    of_seed: dict[int, set[str]] = {}
+    for run, value in zip(runs, values, strict=True):
+        having.setdefault(value, []).append(run.run_id)
+        of_seed.setdefault(run.seed, set()).add(value)
+    ordered = sorted(having.items(), key=lambda item: -len(item[1]))
+    return Difference(
+        task=task,
+        field=field,
+        values=tuple((value, tuple(names)) for value, names in ordered),
+        within_seed=any(len(each) > 1 for each in of_seed.values()),
+    )
+
+
+def caution(runs: Sequence[Run]) -> str:
+    """What is to be said beside a comparison of these runs; "" where their cards are alike."""
+    fields = list(dict.fromkeys(each.field for each in undeclared(runs)))
+    if not fields:
+        return ""
+    more = f" and {len(fields) - 4} more" if len(fields) > 4 else ""
+    return f"Not like for like: the run cards differ in {', '.join(fields[:4])}{more}, which no recipe declared."
+
+
+def sentences(differences: Sequence[Difference]) -> list[str]:
+    """One a field: its values, which runs have them, and whether pairing by seed takes it out."""
+    several = len({each.task for each in differences}) > 1
+    return [f"{each.task + ': ' if several else ''}{_sentence(each)}" for each in differences]
+
+
+def _sentence(found: Difference) -> str:
+    told = [f"{_cut(value)} in {_runs_text(names)}" for value, names in found.values[:4]]
+    more = [f"{len(found.values) - 4} more values"] if len(found.values) > 4 else []
+    pairing = (
+        "arms of one seed differ, so their comparison is of this, too"
+        if found.within_seed
+        else "arms of one seed agree, so differences paired by seed are free of it"
+    )
+    return f"{found.field}: {'; '.join([*told, *more])}; {pairing}."
+
+
+def _runs_text(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 2 else f"{len(names)} runs ({names[0]}, ...)"
+
+
+def _cut(value: str) -> str:
+    return value[:12] if re.fullmatch(r"[0-9a-f]{40,64}", value) else value if len(value) <= 60 else f"{value[:60]}..."
+
+
+# ---------------------------------------------------------------------------------------------------- anonymous
+
+
+def anonymous(run: Run) -> Run:
+    """The run without host, paths, remotes and addresses in anything that a report shows of it."""
+    names = _host_names(run)
+    return replace(
+        run,
+        provenance=_cleaned(run.provenance, names),
+        reason=cleaned(run.reason, names),
+        problems=tuple(cleaned(problem, names) for problem in run.problems),
+    )
+
+
+def _host_names(run: Run) -> tuple[str, ...]:
+    host = run.provenance.get("host")
+    named = mapping(host).get("name") if isinstance(host, Mapping) else host
+    return tuple(name for name in (str(named or ""), str(named or "").partition(".")[0]) if name)
+
+
+def _cleaned(value: Any, names: Sequence[str], key: str = "") -> Any:
+    if key == "host":
+        return {name: each for name, each in mapping(value).items() if name in HOST_FACTS}
+    if isinstance(value, Mapping):
+        return {name: _cleaned(each, names, str(name)) for name, each in value.items() if name not in NAMING}
+    if isinstance(value, list | tuple):
+        return [_cleaned(each, names) for each in value]
+    return cleaned(value, names) if isinstance(value, str) else value
+
+
+def cleaned(text: str, names: Sequence[str] = ()) -> str:
+    """The text with addresses, absolute paths and the given host names replaced by (address), (path), (host)."""
+    text = PATH.sub("(path)", ADDRESS.sub("(address)", text.replace(str(Path.home()), "~")))
+    for name in sorted(set(names), key=len, reverse=True):
+        text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "(host)", text)
+    return text

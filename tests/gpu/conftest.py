@@ -1,0 +1,51 @@
+"""What the GPU tests share: skipped with the reason where there is no CUDA device; `klreg` as tests/e2e runs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "e2e"))  # stack.py
+
+WITHOUT_FLASH = (
+    "verl.actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+    "verl.actor_rollout_ref.model.use_remove_padding=false",
+)
+
+
+def missing() -> str:
+    """Why nothing here can run; empty where it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    absent = [name for name in ("verl", "vllm", "ray") if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)} (launch/env/setup_gpu.sh)" if absent else ""
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Mark everything here; tests of the stack need the stack, too."""
+    why = missing()
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if why and item.path.name != "test_fused.py":
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and models, built once (or kept between runs in KLREG_TEST_CACHE)."""
+    kept = os.environ.get("KLREG_TEST_CACHE")
+    return Path(kept) if kept else tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def attention() -> list[str]:
+    """Overrides that a run without flash-attn needs."""
+    return [] if importlib.util.find_spec("flash_attn") else list(WITHOUT_FLASH)

@@ -1,0 +1,255 @@
+"""What stands against a machine's GPUs, from what nvidia-smi prints: each refusal says what, why and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from verl_stack import spec
+
+from klreg_verl.experiment.fit import GIB, GPUS, gpu_named
+from klreg_verl.experiment.settings import ModelSpec, ResourcesSpec, TrainSpec
+from launch import gpu, inputs, preflight
+
+R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+H100 = "{index}, GPU-{index}aaa-bbb, NVIDIA H100 80GB HBM3, 81559, {used}, 580.95.05\n"
+EIGHT = "".join(H100.format(index=index, used=1) for index in range(8))
+
+
+def devices(text: str = EIGHT) -> list[gpu.Device]:
+    return gpu.parse_devices(text)
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An nvidia-smi on the PATH that prints what it is given."""
+
+    def make(gpus: str, apps: str = "", code: int = 0) -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        (folder / "gpus").write_text(gpus)
+        (folder / "apps").write_text(apps)
+        program = folder / "nvidia-smi"
+        which = f'case "$1" in --query-gpu=*) cat {folder}/gpus ;; *) cat {folder}/apps ;; esac'
+        program.write_text(f"#!/bin/sh\n{which}\nexit {code}\n")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def test_lines_of_nvidia_smi_become_devices():
+    first = devices()[0]
+    assert (first.index, first.uuid, first.name) == (0, "GPU-0aaa-bbb", "NVIDIA H100 80GB HBM3")
+    assert (first.total_bytes, first.used_bytes, first.driver) == (81559 * 1024**2, 1024**2, "580.95.05")
+    assert len(devices()) == 8 and devices("\n") == []
+
+
+def test_a_gpu_in_mig_mode_or_out_of_order_is_refused():
+    with pytest.raises(ValueError, match=r"said '0, GPU-a, NVIDIA H100, \[N/A\], .*MIG mode or out of order"):
+        devices("0, GPU-a, NVIDIA H100, [N/A], [N/A], 580.95.05\n")
+
+
+def test_processes_are_read_and_those_of_other_containers_left_out():
+    found = gpu.parse_apps("GPU-0aaa-bbb, 4711, /usr/bin/python3, 40000\nGPU-1aaa-bbb, [N/A], [Not Found], [N/A]\n")
+    assert found == [gpu.App(uuid="GPU-0aaa-bbb", pid=4711, name="/usr/bin/python3")]
+
+
+def test_what_the_program_prints_is_what_is_read(nvidia_smi):
+    nvidia_smi(EIGHT, "GPU-3aaa-bbb, 99, python, 1000\n")
+    found, apps = gpu.here()
+    assert (len(found), apps[0].pid) == (8, 99)
+
+
+def test_no_driver_is_said_with_the_way_to_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        ValueError, match="nvidia-smi is not there.*no NVIDIA driver.*580.65 or newer.*VERL_PLATFORM=cpu"
+    ):
+        gpu.query()
+
+
+def test_a_driver_that_does_not_answer_is_said(nvidia_smi):
+    nvidia_smi("Failed to initialize NVML: Driver/library version mismatch\n", code=18)
+    with pytest.raises(ValueError, match=r"nvidia-smi failed \(Failed to initialize NVML: Driver/library version mism"):
+        gpu.query()
+
+
+# ---------------------------------------------------------------------------------------------------- choosing
+
+
+@pytest.mark.parametrize(
+    ("said", "indices"), [("2,0", [2, 0]), ("GPU-5aaa", [5]), ("", []), (" 1 , 3 ", [1, 3]), (None, list(range(8)))]
+)
+def test_only_what_cuda_may_see_counts(said: str | None, indices: list[int]):
+    environment = {} if said is None else {"CUDA_VISIBLE_DEVICES": said}
+    assert [one.index for one in gpu.visible(devices(), environment)] == indices
+
+
+def test_a_gpu_that_is_not_there_and_a_slice_are_refused():
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=9: there is no GPU 9. This machine has 0, 1, 2"):
+        gpu.visible(devices(), {"CUDA_VISIBLE_DEVICES": "9"})
+    with pytest.raises(ValueError, match="names a MIG slice: verl and NCCL need whole GPUs"):
+        gpu.visible(devices(), {"CUDA_VISIBLE_DEVICES": "MIG-12ab"})
+
+
+# ---------------------------------------------------------------------------------------------------- judging
+
+
+def test_eight_free_gpus_pass_and_are_named():
+    assert gpu.check_devices(devices(), [], 8) == "8 x NVIDIA H100 80GB HBM3, 80 GiB each, driver 580.95.05"
+
+
+def test_too_few_are_refused():
+    with pytest.raises(ValueError, match="2 GPUs are visible, the run takes 8 on a node.*gpus_per_node=2"):
+        gpu.check_devices(devices()[:2], [], 8)
+    with pytest.raises(ValueError, match="No GPU is visible, the run takes 1"):
+        gpu.check_devices([], [], 1)
+
+
+@pytest.mark.parametrize("driver", ["550.144.03", "575.57.08", "580.60.01", "[N/A]"])
+def test_an_old_driver_is_refused(driver: str):
+    with pytest.raises(ValueError, match=r"The NVIDIA driver is .*CUDA 13 needs 580.65 or newer.*no container"):
+        gpu.check_devices(devices(EIGHT.replace("580.95.05", driver)), [], 1)
+
+
+@pytest.mark.parametrize("driver", ["580.65.06", "581.15", "590.10.01"])
+def test_new_enough_drivers_pass(driver: str):
+    assert driver in gpu.check_devices(devices(EIGHT.replace("580.95.05", driver)), [], 1)
+
+
+def test_mixed_kinds_are_refused_by_name_and_by_size():
+    mixed = H100.format(index=0, used=0) + "1, GPU-1aaa-bbb, NVIDIA A100-SXM4-40GB, 40960, 0, 580.95.05\n"
+    with pytest.raises(ValueError, match=r"of 2 kinds \(0: NVIDIA H100 80GB HBM3 \(80 GiB\), 1: NVIDIA A100.*CUDA_VIS"):
+        gpu.check_devices(devices(mixed), [], 1)
+    sizes = "0, GPU-0, NVIDIA A100, 40960, 0, 580.95.05\n1, GPU-1, NVIDIA A100, 81920, 0, 580.95.05\n"
+    with pytest.raises(ValueError, match="of 2 kinds"):
+        gpu.check_devices(devices(sizes), [], 1)
+
+
+def test_a_small_gpu_is_refused_before_any_model_is_looked_at():
+    small = "0, GPU-0, NVIDIA GeForce RTX 3080, 10240, 0, 580.95.05\n"
+    with pytest.raises(ValueError, match=r"GPU 0 \(NVIDIA GeForce RTX 3080\) has 10 GiB; .* at least 14 GiB"):
+        gpu.check_devices(devices(small), [], 1)
+
+
+def test_a_gpu_in_use_is_refused_with_who_and_which_are_free():
+    text = H100.format(index=0, used=40_960) + H100.format(index=1, used=4) + H100.format(index=2, used=4)
+    apps = [gpu.App(uuid="GPU-0aaa-bbb", pid=4711, name="python3")]
+    with pytest.raises(ValueError, match=r"GPU 0 40.0 GiB by python3 \(pid 4711\)\..*CUDA_VISIBLE_DEVICES=1,2\."):
+        gpu.check_devices(devices(text), apps, 2)
+    with pytest.raises(ValueError, match=r"In use already: GPU 0 40.0 GiB\..*Wait for it"):
+        gpu.check_devices(devices(text), [], 3)
+
+
+def test_a_desktops_share_is_not_in_use():
+    assert gpu.check_devices(devices(H100.format(index=0, used=1500)), [], 1).startswith("1 x NVIDIA H100")
+
+
+# ---------------------------------------------------------------------------------------------------- preflight
+
+
+def run(**sections: object):
+    train = TrainSpec(prompts_per_step=128, max_prompt_tokens=1024, max_response_tokens=8192)
+    given = {"model": ModelSpec(path=R1), "train": train, "resources": ResourcesSpec(gpus_per_node=8)}
+    return spec(**(given | sections))
+
+
+WITHOUT = dict(gpu.WITHOUT_FLASH)
+
+
+def test_preflight_looks_at_the_gpus_and_the_fit(nvidia_smi, tmp_path: Path):
+    nvidia_smi(EIGHT)
+    found = {one.what: one.detail for one in preflight.check_gpus([run(verl=WITHOUT)], tmp_path)}
+    assert found["gpus"].startswith("8 x NVIDIA H100")
+    assert found["fit"].startswith("about ") and found["fit"].endswith("of 80 GiB at the peak, by arithmetic")
+
+
+def test_preflight_refuses_what_cannot_fit_before_anything_starts(nvidia_smi, tmp_path: Path):
+    nvidia_smi("0, GPU-0, NVIDIA GeForce RTX 4090, 24564, 0, 580.95.05\n")
+    with pytest.raises(ValueError, match="does not fit 1 GPU. training: .* of 24.0 GiB can be used on RTX-4090"):
+        preflight.check_gpus([run(resources=ResourcesSpec(), verl=WITHOUT)], tmp_path)
+
+
+def test_a_gpu_that_no_table_has_is_not_judged(nvidia_smi, tmp_path: Path):
+    nvidia_smi("0, GPU-0, NVIDIA Z9000, 200000, 0, 580.95.05\n")
+    found = {
+        one.what: one.detail for one in preflight.check_gpus([run(resources=ResourcesSpec(), verl=WITHOUT)], tmp_path)
+    }
+    assert "NVIDIA Z9000 is in no table" in found["fit"]
+
+
+def test_a_run_without_flash_attn_must_say_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match="flash-attn is not installed.*attn_implementation: sdpa.*remove_padding: false"
+    ):
+        gpu.check_attention([run()])
+    assert gpu.check_attention([run(verl=WITHOUT)]) == "torch's sdpa, padded batches"
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: SimpleNamespace())
+    assert gpu.check_attention([run()]) == "flash-attn"
+
+
+def test_measured_steps_count_only_where_they_were_made_on_such_a_gpu(tmp_path: Path):
+    ours, other, cpu = (run(seed=seed) for seed in (1, 2, 3))
+    cards = {
+        1: ("cuda", ["NVIDIA H100 80GB HBM3, 81559 MiB, 580.95.05"]),
+        2: ("cuda", ["NVIDIA H200, 143771 MiB, 580"]),
+    }
+    for one in (ours, other, cpu):
+        folder = inputs.run_folder(one, tmp_path)
+        folder.create(one)
+        for step in (1, 2, 3):
+            folder.append_metrics(step, {"time/step_s": 10.0})
+        platform, names = cards.get(one.seed, ("cpu", []))
+        (folder.path / "provenance.json").write_text(json.dumps({"platform": platform, "host": {"gpus": names}}))
+    found = gpu.measured([ours, other, cpu], tmp_path, GPUS["H100"])
+    assert [(one.spec.seed, one.seconds) for one in found] == [(1, 10.0)]
+
+
+def test_the_kind_of_a_device_has_its_own_memory():
+    kind = gpu.kind_of(devices())
+    assert kind == gpu_named("H100") and kind.memory_bytes / GIB == pytest.approx(79.6, abs=0.1)
+    assert gpu.kind_of([]) is None
+
+
+# ---------------------------------------------------------------------------------------------------- the Hub
+
+
+def hub(tmp_path: Path, code: str) -> str:
+    """What check_hub says, in a process of its own: huggingface_hub reads its variables when it is imported."""
+    ask = f"print(gpu.check_hub({R1!r}, None, os.environ))"
+    program = f"import os\nfrom launch import gpu\ntry: {ask}\nexcept ValueError as error: print(error)"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", **json.loads(code)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_model_that_is_nowhere_is_refused_offline_and_where_the_hub_does_not_answer(tmp_path: Path):
+    said = hub(tmp_path, '{"HF_HUB_OFFLINE": "1"}')
+    assert "is not in the Hugging Face cache, and HF_HUB_OFFLINE forbids" in said and f"hf download {R1}" in said
+    said = hub(tmp_path, "{}")
+    assert "the Hub does not answer (" in said and "with the same HF_HOME" in said
+
+
+def test_a_cached_model_needs_no_hub_but_its_weights(tmp_path: Path):
+    snapshot = tmp_path / "hub" / f"models--{R1.replace('/', '--')}" / "snapshots" / ("ab" * 20)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("ab" * 20)
+    assert "in the Hugging Face cache without its weights" in hub(tmp_path, '{"HF_HUB_OFFLINE": "1"}')
+    (snapshot / "model.safetensors").write_text("")
+    assert "in the Hugging Face cache (abababababab)" in hub(tmp_path, '{"HF_HUB_OFFLINE": "1"}')

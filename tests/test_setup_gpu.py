@@ -1,0 +1,78 @@
+"""setup_gpu.sh and klreg.def, as far as a machine without a GPU can try them: commands, refusals, files."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "launch/env/setup_gpu.sh"
+DEFINITION = (ROOT / "launch/env/klreg.def").read_text()
+
+
+def setup(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | variables)
+
+
+@pytest.fixture
+def driver(tmp_path: Path):
+    """A PATH whose nvidia-smi tells this driver."""
+
+    def make(version: str) -> str:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\necho {version}\n")
+        program.chmod(0o755)
+        return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+
+    return make
+
+
+def test_every_installation_is_held_to_the_lock():
+    done = setup("--dry-run", "--flash-attn", "./wheel.whl", "--python", sys.executable)
+    assert done.returncode == 0, done.stderr
+    installs = [line for line in done.stdout.splitlines() if " pip install " in line]
+    assert len(installs) == 4 and all(f"-c {ROOT}/launch/env/gpu.lock" in line for line in installs)
+    assert "--no-deps ./wheel.whl" in installs[1] and "verl[vllm,fsdp]==0.9.1" in installs[2]
+
+
+def test_without_flash_attn_it_says_what_recipes_need():
+    done = setup("--dry-run", "--python", sys.executable)
+    assert "recipes need attn_implementation sdpa and use_remove_padding false" in done.stdout
+    assert "fsdp]" not in done.stdout
+
+
+def test_no_driver_and_an_old_one_are_refused_before_anything_is_made(driver, tmp_path: Path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "uname", "head", "awk", "df"):
+        found = next(folder for folder in os.environ["PATH"].split(os.pathsep) if (Path(folder) / name).exists())
+        (tools / name).symlink_to(Path(found) / name)
+    venv = tmp_path / "venv"
+    done = setup("--venv", str(venv), "--python", sys.executable, PATH=str(tools))
+    assert done.returncode == 1 and "nvidia-smi is not there" in done.stderr
+    done = setup("--venv", str(venv), "--python", sys.executable, PATH=driver("550.144.03"))
+    assert done.returncode == 1 and "driver is 550.144.03, CUDA 13 needs 580.65 or newer" in done.stderr
+    done = setup("--venv", str(venv), "--python", sys.executable, PATH=driver("NVIDIA-SMI has failed"))
+    assert done.returncode == 1 and "nvidia-smi does not answer" in done.stderr
+    assert not venv.exists()
+
+
+def test_bad_options_and_a_foreign_folder_are_refused(tmp_path: Path):
+    assert "unknown option --frobnicate" in setup("--frobnicate").stderr
+    assert "--venv needs a value" in setup("--venv").stderr
+    assert "need Python 3.11 or 3.12" in setup("--dry-run", "--python", "/bin/false").stderr
+    done = setup("--dry-run", "--venv", str(tmp_path), "--python", sys.executable)
+    assert done.returncode == 1 and "exists and is no environment" in done.stderr
+
+
+def test_the_definition_copies_what_there_is_and_runs_the_same_script():
+    copied = re.findall(r"^    (\S+) /opt/klreg/\S+$", DEFINITION, re.MULTILINE)
+    assert {"pyproject.toml", "klreg_verl", "data_prep", "launch", "recipes"} <= set(copied)
+    assert all((ROOT / name).exists() for name in copied)
+    assert "/opt/klreg/launch/env/setup_gpu.sh --container" in DEFINITION
