@@ -1,13 +1,14 @@
 # make setup   .venv for the CPU from launch/env/cpu.lock (idempotent)
 # make study   set-up and the quick study, end to end, to a report
 # make test    set-up and all tests          make lint    ruff, and mypy on core and experiment
+# make slurm   tests on a real Slurm of three nodes on this machine (half an hour)    make soak    twenty kills there
 # make gpu     tests and tables that need a GPU; they skip with the reason elsewhere
 # make bench   side-by-side measurements     make clean   .venv and caches; never runs/
 #
 # PYTHON=/path/to/python3.11 chooses the Python that .venv is made with.
 # TESTS="tests/test_kl.py -k k3" narrows `make test`.
 
-.PHONY: setup study test lint bench gpu clean
+.PHONY: setup study test lint bench gpu slurm soak clean
 .NOTPARALLEL:
 
 PYTHON ?= $(shell python3.11 -c '' >/dev/null 2>&1 && echo python3.11 || echo python3)
@@ -31,6 +32,12 @@ lint: setup
 
 bench: setup
 	@$(BIN)/python -m pytest tests/bench -q -s --timeout=3600
+
+slurm: setup
+	@KLREG_SLURM=1 $(BIN)/python -m pytest tests/slurm -q -rs
+
+soak: setup
+	@KLREG_SLURM=1 KLREG_SOAK=$${KLREG_SOAK:-20} $(BIN)/python -m pytest tests/slurm/test_soak.py -q -s
 
 gpu:
 	@$(or $(wildcard .venv-gpu/bin/python),$(BIN)/python) -m pytest tests/gpu tests/bench/gpu -q -s -rs --timeout=7200

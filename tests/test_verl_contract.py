@@ -69,6 +69,7 @@ TOUCHES = [
         (f"{SYNC}:PPOTrainerSync._compute_advantage", "is where KL is charged in the reward", *STEP),
         (f"{SYNC}:PPOTrainerSync._compute_metrics", "is where a batch is measured", *STEP, "timing_raw"),
         (f"{SYNC}:PPOTrainerSync._save_checkpoint", "tells the recorder of a checkpoint", "self"),
+        (f"{SYNC}:PPOTrainerSync.on_step_end", "is where a run that was asked to stop saves", "self"),
         (f"{SYNC}:PPOTrainerSync._load_checkpoint", "tells the recorder where a run resumes", "self"),
         (f"{SYNC}:PPOTrainerSync._build_replay_buffer", "builds the object whose poll_interval is set", "self"),
         ("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", "polls every poll_interval s", "poll_interval"),

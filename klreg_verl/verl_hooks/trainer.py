@@ -41,6 +41,7 @@ from klreg_verl.verl_hooks import (
     reference_samples,
     rows,
     sampling,
+    stopping,
     temperature_one,
     terms,
     worker,
@@ -165,6 +166,7 @@ class KLRegTrainer(PPOTrainerSync):
 
     def on_step_end(self) -> None:
         """verl's; after the last step a reference that was to stay must be the one that the run started with."""
+        stopping.save_if_asked(self)
         super().on_step_end()
         if self.global_steps >= self.total_training_steps and not self.block.reference.moves:
             reference.require_same(self.reference_hash, self.actor_rollout_wg.reference_hash()[0])

@@ -69,10 +69,12 @@ def install() -> None:
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """All of them take seconds."""
+    """All of them together take half an hour on two cores, so they run when asked for."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slow)
+            if not os.environ.get("KLREG_SLURM"):
+                item.add_marker(pytest.mark.skip(reason="a private Slurm takes half an hour: `make slurm` starts one"))
 
 
 @pytest.fixture(scope="session")

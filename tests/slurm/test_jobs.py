@@ -265,7 +265,12 @@ def test_what_cannot_work_is_said_in_words_before_anything_is_submitted(lab: Lab
     for name, changes, arguments, expected in (
         ("a", {"partiton: main": ""}, (), "a.yaml:15: partiton: unknown key 'partiton'. Did you mean 'partition'?"),
         ("b", {"partition: gpu": ""}, (), "partition 'gpu' is unknown or down. There are: main, spot."),
-        ("c", {"": "gpus_per_node: 1"}, ("resources.gpus_per_node=9",), "no node has 9 GPUs a node (gpus_per_node)"),
+        (
+            "c",
+            {"": "gpus_per_node: 1"},
+            ("resources.gpus_per_node=9", "train.prompts_per_step=9"),
+            "no node has 9 GPUs a node (gpus_per_node)",
+        ),
         ("d", {"": "nodes: 2"}, ("resources.nodes=4",), "4 nodes are needed and 3 of its nodes fit"),
         ("e", {"partition: spot\ntime: '3:00:00'": 'time: "10:00"'}, (), "time 3:00:00 is over its limit of 2 h"),
         ("f", {"constraint: nope": ""}, (), "Slurm does not take the job"),
