@@ -5,15 +5,18 @@ Exit code 0: success; 1: something failed; 2: bad input. Nothing heavy is import
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from klreg_verl.arguments import Arm, AsJson, Overrides, RecipePath, RunsDir, Seed, Task
 from klreg_verl.evaluation.command import eval_command, export_command
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.selection import selected
@@ -30,14 +33,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Build or check data and the tiny starting model.")
 app.add_typer(data_app, name="data")
-
-RecipePath = Annotated[Path, typer.Argument(help="A recipe's YAML file.", metavar="RECIPE")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. train.steps=10.", metavar="K=V")]
-RunsDir = Annotated[Path | None, typer.Option(help="Where run folders live (or KLREG_RUNS; default ./runs).")]
-AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
-Arm = Annotated[str | None, typer.Option(help="Only this arm.")]
-Task = Annotated[str | None, typer.Option(help="Only this task.")]
-Seed = Annotated[int | None, typer.Option(help="Only this seed.")]
 
 
 @contextmanager
@@ -213,44 +208,25 @@ app.command("export")(told()(export_command))
 app.command("eval")(told()(eval_command))
 
 
-@data_app.command(
-    "palindrome", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
-def data_palindrome(context: typer.Context) -> None:
-    """Build the Palindrome parquet files (reasoning-gym's items in verl's schema)."""
-    from data_prep import palindrome
+def _add_builder(name: str, module: str, what: str) -> None:
+    """A subcommand of `klreg data` whose arguments are those of a module of data_prep."""
 
-    _delegate(palindrome.main, "klreg data palindrome", context.args)
-
-
-@data_app.command(
-    "tiny-model", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
-def data_tiny_model(context: typer.Context) -> None:
-    """Build the tiny starting model, supervised on palindromes."""
-    from data_prep import tiny_model
-
-    _delegate(tiny_model.main, "klreg data tiny-model", context.args)
+    @data_app.command(
+        name,
+        help=what,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    def build(context: typer.Context) -> None:
+        sys.argv = [f"klreg data {name}", *context.args]
+        with told():
+            importlib.import_module(f"data_prep.{module}").main()
 
 
-@data_app.command(
-    "deepscaler", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
-def data_deepscaler(context: typer.Context) -> None:
-    """Build DeepScaleR's parquet files, from the Hub or from local files."""
-    from data_prep import deepscaler
-
-    _delegate(deepscaler.main, "klreg data deepscaler", context.args)
-
-
-@data_app.command(
-    "skill", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
-def data_skill(context: typer.Context) -> None:
-    """Build the test items of a skill that a run may lose (retention)."""
-    from data_prep import skills
-
-    _delegate(skills.main, "klreg data skill", context.args)
+_add_builder("palindrome", "palindrome", "Build the Palindrome parquet files (reasoning-gym's items in verl's schema).")
+_add_builder("deepscaler", "deepscaler", "Build DeepScaleR's parquet files, from the Hub or from local files.")
+_add_builder("skill", "skills", "Build the test items of a skill that a run may lose (retention).")
+_add_builder("tiny-model", "tiny_model", "Build the tiny starting model, supervised on palindromes and skills.")
 
 
 @data_app.command("check")
@@ -266,15 +242,6 @@ def data_check(
     with told():
         for line in describe(files, reward, tokenizer, max_prompt_tokens):
             typer.echo(line)
-
-
-def _delegate(main: Callable[[], None], name: str, arguments: list[str]) -> None:
-    """Call a data_prep module's own command line."""
-    import sys
-
-    sys.argv = [name, *arguments]
-    with told():
-        main()
 
 
 def _run(specs: list[RunSpec], root: Path, platform: str, ray_address: str | None) -> list[Any]:

@@ -8,20 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from klreg_verl.arguments import Arm, AsJson, Overrides, RecipeOrRun, RecipePath, RunsDir, Seed, Task
+
 if TYPE_CHECKING:
     from klreg_verl.experiment.plan import RunSpec
     from launch.job_folder import Job, Submitted
     from launch.profile import Profile
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe's YAML file.", metavar="RECIPE")]
-RecipeOrRun = Annotated[Path, typer.Argument(help="A recipe's YAML file, or one run's folder.", metavar="RECIPE|RUN")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. train.steps=10.", metavar="K=V")]
 ProfileName = Annotated[str, typer.Option("--profile", help="generic, single_node, multi_node, cpu_test, or a file.")]
-RunsDir = Annotated[Path | None, typer.Option(help="Where run folders live (or KLREG_RUNS; default ./runs).")]
-AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
-Arm = Annotated[str | None, typer.Option(help="Only this arm.")]
-Task = Annotated[str | None, typer.Option(help="Only this task.")]
-Seed = Annotated[int | None, typer.Option(help="Only this seed.")]
 
 
 def submit_command(

@@ -63,7 +63,15 @@ LAYERS = (
     Layer(
         folder="klreg_verl/replay",
         anywhere=(
-            *("torch", "numpy", "matplotlib", "typer", "klreg_verl.core", "klreg_verl.experiment"),
+            *(
+                "torch",
+                "numpy",
+                "matplotlib",
+                "typer",
+                "klreg_verl.arguments",
+                "klreg_verl.core",
+                "klreg_verl.experiment",
+            ),
             *(f"klreg_verl.verl_hooks.{name}" for name in HOOKS_OF_REPLAY),
         ),
         lazily=("transformers", "pyarrow", "safetensors"),
@@ -71,7 +79,7 @@ LAYERS = (
     Layer(
         folder="klreg_verl/evaluation",
         anywhere=(
-            *("typer", "klreg_verl.core", "klreg_verl.experiment", "klreg_verl.replay"),
+            *("typer", "klreg_verl.arguments", "klreg_verl.core", "klreg_verl.experiment", "klreg_verl.replay"),
             "klreg_verl.verl_hooks.checkpoints",
         ),
         lazily=("torch", "transformers", "vllm", "pyarrow", "data_prep", "klreg_verl.verl_hooks.cpu"),
@@ -86,6 +94,7 @@ LAYERS = (
         folder="launch",
         anywhere=(
             "*",
+            "klreg_verl.arguments",
             "klreg_verl.core",
             "klreg_verl.experiment",
             "klreg_verl.doctor",

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from klreg_verl.arguments import AsJson
+
 if TYPE_CHECKING:
     from klreg_verl.evaluation.evaluate import Sampling
     from klreg_verl.evaluation.subjects import Subject
 
-AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 DEFAULT_TOKENS = 1024
 """Of a response, where no run says how long they were in training."""

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from klreg_verl.arguments import AsJson
+
 if TYPE_CHECKING:
     from klreg_verl.replay.comparison import Comparison
     from klreg_verl.replay.run import Moment
 
-AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
 
 

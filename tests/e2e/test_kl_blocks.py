@@ -44,26 +44,29 @@ def every_block() -> list[dict[str, Any]]:
         block("reward", "k1", normalize_with_reward=True),
         block("loss", "math_of_my_own:k2"),
         *(block("loss", name) for name in EXACT),
-        *moved_blocks(),
     ]
 
 
-CONTROLLERS: list[dict[str, Any]] = [
-    {"kind": "verl_adaptive", "signal": "token", "target": 1e-6, "horizon": 100},
-    {"kind": "multiplicative", "signal": "response", "target": 1e-6},
-    {"kind": "dynamic", "reward_threshold": 0.0},
-    {"kind": "linear", "beta_end": 0.2, "steps": 2},
-    {"kind": "exponential", "beta_end": 0.4, "steps": 2},
-    {"kind": "cosine", "beta_end": 0.2, "steps": 4},
-    {"kind": "matched_kl", "signal": "response", "target": 1e-6, "beta_min": 1e-3, "beta_max": 10.0},
-]
-"""Each moves beta after one step of a policy that has left the reference."""
+def controllers_from(step: int) -> list[dict[str, Any]]:
+    """Each moves beta after one step of a policy that has left the reference.
+
+    They take over at `step` and every second step after it, and a schedule has done half of its steps by then.
+    """
+    return [
+        {"kind": "linear", "beta_end": 0.2, "steps": 2 * step},
+        {"kind": "exponential", "beta_end": 0.4, "steps": 2 * (step + 2)},
+        {"kind": "cosine", "beta_end": 0.3, "steps": 2 * (step + 4)},
+        {"kind": "verl_adaptive", "signal": "token", "target": 1e-6, "horizon": 100},
+        {"kind": "multiplicative", "signal": "response", "target": 1e-6},
+        {"kind": "dynamic", "reward_threshold": 0.0},
+        {"kind": "matched_kl", "signal": "response", "target": 1e-6, "beta_min": 1e-3, "beta_max": 10.0},
+    ]
 
 
-def moved_blocks() -> list[dict[str, Any]]:
-    """Two steps of each controller, in turns in the loss and in the reward."""
+def moved_blocks(step: int) -> list[dict[str, Any]]:
+    """Two steps of each controller from `step` on, in turns in the loss and in the reward."""
     places = itertools.cycle([("loss", "k3"), ("reward", "k1")])
-    return [each for rule in CONTROLLERS for each in [block(*next(places), controller=rule)] * 2]
+    return [each for rule in controllers_from(step) for each in [block(*next(places), controller=rule)] * 2]
 
 
 VOID = block("loss", "k1", 5.0)
@@ -86,12 +89,18 @@ def control_blocks() -> list[dict[str, Any]]:
     return [each for steps, each in PHASES.values() for each in [each] * steps]
 
 
+def all_blocks() -> list[dict[str, Any]]:
+    """The run: the controls, then every name, then every controller."""
+    before = [*control_blocks(), *every_block()]
+    return [*before, *moved_blocks(len(before) + 1)]
+
+
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[dict[str, Any]]:
-    """The metrics of one run with a step for every block: first the controls, then everything."""
+    """The metrics of one run with a step for every block."""
     folder = tmp_path_factory.mktemp("blocks")
     lab = Lab(folder / "runs", cache)
-    blocks = [*control_blocks(), *every_block()]
+    blocks = all_blocks()
     (folder / "blocks.json").write_text(json.dumps(blocks))
     (folder / "math_of_my_own.py").write_text(OWN)
     variables = {
@@ -116,7 +125,7 @@ def test_a_large_beta_pulls_back_in_both_right_places_and_k1_in_the_loss_does_no
 
 
 def test_every_block_of_a_recipe_acts_on_one_live_stack(lines: list[dict[str, Any]]):
-    blocks = [*control_blocks(), *every_block()]
+    blocks = all_blocks()
     assert [line["step"] for line in lines] == list(range(1, len(blocks) + 1))
     for given, line in zip(blocks, lines, strict=True):
         placement, estimator = given["placement"], given.get("estimator")
@@ -132,15 +141,16 @@ def test_every_block_of_a_recipe_acts_on_one_live_stack(lines: list[dict[str, An
 
 
 def test_every_controller_moves_beta_in_either_place(lines: list[dict[str, Any]]):
-    moved = lines[-2 * len(CONTROLLERS) :]
-    for rule, first, second in zip(CONTROLLERS, moved[::2], moved[1::2], strict=True):
+    step = len(control_blocks()) + len(every_block()) + 1
+    rules, moved = controllers_from(step), lines[step - 1 :]
+    for rule, first, second in zip(rules, moved[::2], moved[1::2], strict=True):
         assert first["kl/beta"] == 0.1, rule
         assert second["kl/beta"] != pytest.approx(0.1, rel=1e-3), rule
         assert second["adaptive_kl/current_beta"] == second["kl/beta"], rule
-    after = {rule["kind"]: line["kl/beta"] for rule, line in zip(CONTROLLERS, moved[1::2], strict=True)}
+    after = {rule["kind"]: line["kl/beta"] for rule, line in zip(rules, moved[1::2], strict=True)}
     assert after["linear"] == pytest.approx(0.15)  # 0.1 + (0.2 - 0.1) * 1 / 2
     assert after["exponential"] == pytest.approx(0.2)  # 0.1 * (0.4 / 0.1) ** (1 / 2)
-    assert after["cosine"] == pytest.approx(0.2 - 0.1 * (1 + math.cos(math.pi / 4)) / 2)
+    assert after["cosine"] == pytest.approx(0.2)  # 0.3 + (0.1 - 0.3) * (1 + cos(pi / 2)) / 2
 
 
 def test_the_exact_kl_is_what_its_estimators_estimate_and_a_reset_makes_it_zero(lines: list[dict[str, Any]]):
