@@ -215,6 +215,7 @@ def write_attempt(
         model=files.model,
         extra={"gradient": gradient, "platform": platform, "claims": _claims(spec, folder)},
     )
+    write_json(attempt / "provenance.json", card)
     write_json(folder.provenance_path, card)
     return {
         "KLREG_KL": str(kl_file),

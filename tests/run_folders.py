@@ -57,9 +57,10 @@ def write_run(
     status: str = "done",
     reason: str = "",
     provenance: Mapping[str, Any] | None = None,
+    attempts: Sequence[Mapping[str, Any]] = (),
     samples: Mapping[int, pa.Table] | None = None,
 ) -> Path:
-    """One run folder that holds exactly ``rows`` (each with its "step"); returns its path."""
+    """One run folder that holds exactly ``rows`` (each with its "step"), and the cards of its ``attempts``; its path."""
     folder = recipe_dir.joinpath(arm, task, *grid, f"seed{seed}")
     (folder / "attempts" / "1").mkdir(parents=True)
     last = max((row["step"] for row in rows), default=0)
@@ -76,6 +77,9 @@ def write_run(
     _write(folder / "spec.json", spec)
     _write(folder / "state.json", {"status": status, "reason": reason, "step": last, "steps": steps, "attempt": 1})
     _write(folder / "provenance.json", provenance if provenance is not None else card(arm, seed))
+    for number, attempt in enumerate(attempts, start=1):
+        (folder / "attempts" / str(number)).mkdir(exist_ok=True)
+        _write(folder / "attempts" / str(number) / "provenance.json", attempt)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(_finite(row)) + "\n" for row in rows), encoding="utf-8")
     for step, table in (samples or {}).items():
         (folder / "samples").mkdir(exist_ok=True)
@@ -99,15 +103,41 @@ def write_study(
 
 
 def card(arm: str, seed: int) -> dict[str, Any]:
-    """A provenance.json in its real layout with made-up values."""
+    """A provenance.json in its real layout (experiment.provenance.collect, launch.local) with made-up values."""
     return {
-        "gradient": GRADIENTS.get(arm, "Not stated."),
-        "versions": {"klreg_verl": "0.1.0", "verl": "0.9.1", "torch": "2.13.0", "vllm": "0.12.0"},
-        "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False, "diff": "+" * 500},
-        "host": {"cpu": "synthetic", "cores": 2, "memory_gb": 16},
-        "data_sha256": "d" * 64,
-        "model_sha256": "e" * 64,
+        "run_id": f"{arm}/palindrome/seed{seed}",
+        "spec_hash": f"{arm}{seed}",
         "time": f"2026-01-01T00:00:{seed:02d}Z",
+        "python": "3.11.0",
+        "versions": {"klreg_verl": "0.1.0", "verl": "0.9.1", "torch": "2.13.0", "vllm": "0.12.0"},
+        "git": _git(),
+        "host": {
+            "name": "machine",
+            "system": "Linux",
+            "cpu": "synthetic",
+            "cores": 2,
+            "cores_usable": 2,
+            "memory_gb": 16,
+            "gpus": [],
+        },
+        "data": {name: {"path": f"/data/{name}.parquet", "sha256": "d" * 64} for name in ("train", "val")},
+        "model": {"path": "/models/tiny", "revision": None, "sha256": "e" * 64},
+        "reference": {"sha256": "e" * 64},
+        "kl_source": {"klreg_verl.core.kl": "f" * 64},
+        "gradient": GRADIENTS.get(arm, "Not stated."),
+        "platform": "cpu",
+        "claims": {"sha256": "c" * 64, "since": "2026-01-01T00:00:00Z", "list": {}},
+    }
+
+
+def _git() -> dict[str, Any]:
+    return {
+        "commit": "0123456789abcdef0123456789abcdef01234567",
+        "dirty": True,
+        "diff_sha256": "a" * 64,
+        "diff": "+" * 500,
+        "diff_truncated": False,
+        "untracked": [],
     }
 
 

@@ -8,6 +8,9 @@ import pytest
 from run_folders import card, synthetic_rows, write_run
 
 from klreg_verl.analysis import cards, report, runs
+from klreg_verl.experiment import plan, provenance, recipe
+
+ROOT = Path(__file__).parents[1]
 
 
 def write(folder: Path, arm: str, seed: int = 1, **changed: object) -> Path:
@@ -29,12 +32,12 @@ def test_cards_that_are_alike_have_no_difference(tmp_path: Path) -> None:
 
 
 def test_a_field_that_differs_names_its_values_and_runs(tmp_path: Path) -> None:
-    write(tmp_path, "none", data_sha256="a" * 64)
-    write(tmp_path, "reverse", data_sha256="b" * 64)
+    write(tmp_path, "none", data={"train": {"path": "/a/x", "sha256": "a" * 64}})
+    write(tmp_path, "reverse", data={"train": {"path": "/b/x", "sha256": "b" * 64}})
     (found,) = cards.undeclared(runs.load(tmp_path))
-    assert (found.field, found.within_seed) == ("data_sha256", True)
+    assert (found.field, found.within_seed) == ("data.train.sha256", True)
     assert cards.sentences([found]) == [
-        "data_sha256: aaaaaaaaaaaa in none/palindrome/seed1; bbbbbbbbbbbb in reverse/palindrome/seed1; arms of one "
+        "data.train.sha256: aaaaaaaaaaaa in none/palindrome/seed1; bbbbbbbbbbbb in reverse/palindrome/seed1; arms of one "
         "seed differ, so their comparison is of this, too."
     ]
 
@@ -53,6 +56,83 @@ def test_seeds_of_one_arm_that_were_asked_for_different_things_are_found(tmp_pat
         kl = {"placement": "reward", "estimator": "k1", "follows": "reverse", "beta": beta}
         write_run(tmp_path, "reverse", [{"step": 1, "train/accuracy": 0.5}], seed=seed, kl=kl)
     assert [each.field for each in cards.undeclared(runs.load(tmp_path))] == ["spec.kl.beta"]
+
+
+def test_the_card_of_these_tests_has_the_layout_of_a_real_one(tmp_path: Path) -> None:
+    (spec,) = plan.expand(recipe.load(ROOT / "recipes" / "quickstart.yaml", ["seeds=[1]"]))[:1]
+    (tmp_path / "data").write_text("x")
+    real = provenance.collect(spec, {"train": tmp_path / "data", "val": tmp_path / "data"}, model=tmp_path / "data")
+    made = card("none", 1)
+    assert set(made) == {*real, "gradient", "platform", "claims"}
+    for block in ("host", "data", "model", "reference"):
+        assert set(made[block]) == set(real[block])
+    assert set(made["data"]["train"]) == set(real["data"]["train"])
+    assert set(made["kl_source"]) <= set(real["kl_source"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"kl_source": {"klreg_verl.core.kl": "0" * 64}}, "kl_source.klreg_verl.core.kl"),
+        ({"reference": {"sha256": "0" * 64}}, "reference.sha256"),
+        ({"model": {"path": "/elsewhere", "revision": "v2", "sha256": "e" * 64}}, "model.revision"),
+        ({"host": {"cpu": "a", "gpus": ["A100"]}}, "host.gpus"),
+        ({"python": "3.12.0"}, "python"),
+    ],
+)
+def test_code_reference_model_and_hardware_are_compared(tmp_path: Path, changed: dict, field: str) -> None:
+    write(tmp_path, "none", host={"cpu": "a", "gpus": []})
+    write(tmp_path, "reverse", **{"host": {"cpu": "a", "gpus": []}} | changed)
+    assert [each.field for each in cards.undeclared(runs.load(tmp_path))] == [field]
+
+
+def test_two_long_values_of_one_length_are_told_apart(tmp_path: Path) -> None:
+    hosts = [[f"NVIDIA {name} 80GB HBM3, 81559 MiB, 550.54.15"] * 8 for name in ("H100", "H200")]
+    assert len(str(hosts[0])) == len(str(hosts[1])) > 200
+    for arm, gpus in zip(("none", "reverse"), hosts, strict=True):
+        write(tmp_path, arm, host={"cpu": "a", "gpus": gpus})
+    (found,) = cards.undeclared(runs.load(tmp_path))
+    assert found.field == "host.gpus"
+    assert len({cards.short(value) for value, _ in found.values}) == 2
+
+
+def lasting(folder: Path, arm: str, steps: int, seed: int = 1) -> None:
+    write_run(folder, arm, synthetic_rows(arm, seed, steps), seed=seed)
+
+
+def test_runs_of_different_length_are_not_compared_silently(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        lasting(tmp_path, "none", 6, seed)
+        lasting(tmp_path, "reverse", 12, seed)
+    told = "Not of one length: 6 steps in none/palindrome/seed1, none/palindrome/seed2, 12 steps in "
+    assert cards.caution(runs.load(tmp_path)).startswith(told)
+    assert told in report.write_report(tmp_path).markdown.read_text()
+
+
+def test_seeds_of_one_arm_of_different_length_were_declared_by_nobody(tmp_path: Path) -> None:
+    lasting(tmp_path, "none", 6, 1)
+    lasting(tmp_path, "none", 12, 2)
+    assert [each.field for each in cards.undeclared(runs.load(tmp_path))] == ["spec.train.steps"]
+
+
+def test_code_that_changed_between_attempts_of_a_run_is_named(tmp_path: Path) -> None:
+    first, second = card("none", 1) | {"python": "3.11.0"}, card("none", 1) | {"python": "3.12.0"}
+    write_run(tmp_path, "none", synthetic_rows("none", 1, 4), provenance=second, attempts=[first, second])
+    (found,) = cards.undeclared(runs.load(tmp_path))
+    assert cards.sentences([found]) == [
+        "python: 3.11.0 in attempt 1 of none/palindrome/seed1; 3.12.0 in attempt 2 of none/palindrome/seed1; it "
+        "changed within the run, so the run is of both."
+    ]
+    paths = report.write_report(tmp_path)
+    assert "| none/palindrome/seed1 | python | 2 | `3.12.0` |" in paths.markdown.read_text()
+    assert "python, by attempt" in paths.html.read_text()
+
+
+def test_an_attempt_that_made_no_step_changes_nothing(tmp_path: Path) -> None:
+    first, second = card("none", 1) | {"python": "3.11.0"}, card("none", 1) | {"python": "3.12.0"}
+    path = write_run(tmp_path, "none", synthetic_rows("none", 1, 4), provenance=second, attempts=[first, second])
+    (path / "attempts" / "1" / "end.json").write_text('{"status": "failed", "step": null}')
+    assert cards.undeclared(runs.load(tmp_path)) == []
 
 
 def test_what_arms_declare_is_no_difference(tmp_path: Path) -> None:

@@ -210,6 +210,7 @@ step(1, 2, 3)
     card = json.loads(folder.provenance_path.read_text())
     assert "reverse KL" in card["gradient"]
     assert card["platform"] == "cpu"
+    assert json.loads((attempt / "provenance.json").read_text()) == card
 
 
 def test_one_wandb_run_spans_all_attempts(spec, files, tmp_path):

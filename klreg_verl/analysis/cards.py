@@ -9,6 +9,7 @@ An anonymous report leaves out hosts, paths and remotes; the hardware stays, bec
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +19,12 @@ from typing import Any
 from klreg_verl.analysis.runs import Run, mapping
 
 COMPARED = re.compile(
-    r"versions\.|kl_source\.|data[._]|model[._]|reference[._]|git\.(commit|diff_sha256)$|python$|platform$"
-    r"|host\.(cpu|gpus)$"
+    r"(versions|kl_source|data|model|reference)\.|git\.(commit|diff_sha256)$|python$|platform$|host\.(cpu|gpus)$"
 )
 """Facts of a card that must be alike for a comparison to be of the settings alone."""
-ALIKE_ANYWHERE = re.compile(r"(^|[._])path$")
+ALIKE_ANYWHERE = re.compile(r"\.path$")
 """Where a file lies says nothing: its hash stands beside it."""
-PER_RUN = {"seed", "run_id", "hash", "question", "root", "train.steps", "claims"}
+PER_RUN = {"seed", "run_id", "hash", "question", "root", "claims"}
 """What a spec may have of its own in every seed of an arm."""
 NAMING = {"hostname", "node", "nodes", "user", "remote", "remotes", "origin", "url", "cwd", "root", "untracked", "diff"}
 """Keys of a card that tell where and by whom a run was made."""
@@ -44,26 +44,33 @@ class Difference:
     """(value, the runs that have it), the most frequent value first."""
     within_seed: bool
     """Whether arms of one seed differ: then pairing by seed does not take it out."""
+    within_run: bool = False
+    """Whether attempts of one run differ."""
 
 
 def facts(provenance: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """provenance.json flattened to dotted keys, long texts (a diff) replaced by their length; without "gradient"."""
+    """provenance.json flattened to dotted keys, without "gradient"; `short` makes its long texts fit for showing."""
     flat: dict[str, str] = {}
     for key, value in provenance.items():
         name = f"{prefix}{key}"
         if name == "claims":  # the report has a section of its own for them
-            flat["claims.sha256"] = short(mapping(value).get("sha256"))
+            flat["claims.sha256"] = str(mapping(value).get("sha256"))
         elif isinstance(value, Mapping):
             flat |= facts(value, f"{name}.")
         elif name != "gradient":
-            flat[name] = short(value)
+            flat[name] = str(value)
     return flat
 
 
-def short(value: Any) -> str:
-    """The value as text; a long one as its length."""
-    words = str(value)
-    return words if len(words) <= 200 else f"({len(words):,} characters, in provenance.json)"
+def short(value: str) -> str:
+    """A long text as its length and hash, so that two different ones look different."""
+    if len(value) <= 200:
+        return value
+    return f"({len(value):,} characters, sha256 {_digest(value)}, in provenance.json)"
+
+
+def _digest(value: str) -> str:
+    return hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()[:8]
 
 
 def differing_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -83,6 +90,7 @@ def undeclared(runs: Sequence[Run]) -> list[Difference]:
     for task in dict.fromkeys(run.task for run in runs):
         mine = [run for run in runs if run.task == task]
         found += _of_cards(task, [run for run in mine if run.provenance])
+        found += [each for run in mine for each in _of_attempts(run)]
         for label in dict.fromkeys(run.label for run in mine):
             found += _of_specs(task, [run for run in mine if run.label == label and run.spec])
     return found
@@ -90,8 +98,35 @@ def undeclared(runs: Sequence[Run]) -> list[Difference]:
 
 def _of_cards(task: str, runs: Sequence[Run]) -> list[Difference]:
     fields = differing_facts(runs)
-    chosen = [key for key in fields if COMPARED.match(key) and not ALIKE_ANYWHERE.search(key)]
-    return [_difference(task, key, runs, fields[key]) for key in chosen if not _is_declared(key, runs)]
+    chosen = [key for key in fields if _is_compared(key) and not _is_declared(key, runs)]
+    return [_difference(task, key, runs, fields[key]) for key in chosen]
+
+
+def _is_compared(field: str) -> bool:
+    return bool(COMPARED.match(field)) and not ALIKE_ANYWHERE.search(field)
+
+
+def changed(run: Run) -> dict[str, list[tuple[int, str]]]:
+    """Compared facts that are not the same in all attempts that the run's steps came from: (attempt, value) of each."""
+    attempts = {number: facts(card) for number, card in run.attempts.items()}
+    keys = sorted({key for card in attempts.values() for key in card if _is_compared(key)})
+    values = {key: [(number, card.get(key, "–")) for number, card in attempts.items()] for key in keys}
+    return {key: each for key, each in values.items() if len({value for _, value in each}) > 1}
+
+
+def _of_attempts(run: Run) -> list[Difference]:
+    """What changed while the run was made: its first steps are of one thing and its last of another."""
+    found = []
+    for field, values in changed(run).items():
+        having = {value: tuple(_attempt(run, n) for n, each in values if each == value) for _, value in values}
+        found.append(
+            Difference(task=run.task, field=field, values=tuple(having.items()), within_seed=True, within_run=True)
+        )
+    return found
+
+
+def _attempt(run: Run, number: int) -> str:
+    return f"attempt {number} of {run.run_id}"
 
 
 def _is_declared(field: str, runs: Sequence[Run]) -> bool:
@@ -128,10 +163,19 @@ def _difference(task: str, field: str, runs: Sequence[Run], values: Sequence[str
 def caution(runs: Sequence[Run]) -> str:
     """What is to be said beside a comparison of these runs; "" where their cards are alike."""
     fields = list(dict.fromkeys(each.field for each in undeclared(runs)))
-    if not fields:
-        return ""
     more = f" and {len(fields) - 4} more" if len(fields) > 4 else ""
-    return f"Not like for like: the run cards differ in {', '.join(fields[:4])}{more}, which no recipe declared."
+    told = f"Not like for like: the run cards differ in {', '.join(fields[:4])}{more}, which no recipe declared."
+    return " ".join(filter(None, [told if fields else "", lengths(runs)]))
+
+
+def lengths(runs: Sequence[Run]) -> str:
+    """Said where runs were asked for different numbers of steps; "" where the grid does so, as it names them apart."""
+    asked: dict[int, list[str]] = {}
+    for run in runs:
+        if run.steps is not None and "train.steps" not in mapping(run.spec.get("grid")):
+            asked.setdefault(run.steps, []).append(run.run_id)
+    told = [f"{steps} steps in {_runs_text(names)}" for steps, names in sorted(asked.items())]
+    return f"Not of one length: {', '.join(told)}." if len(told) > 1 else ""
 
 
 def sentences(differences: Sequence[Difference]) -> list[str]:
@@ -143,12 +187,15 @@ def sentences(differences: Sequence[Difference]) -> list[str]:
 def _sentence(found: Difference) -> str:
     told = [f"{_cut(value)} in {_runs_text(names)}" for value, names in found.values[:4]]
     more = [f"{len(found.values) - 4} more values"] if len(found.values) > 4 else []
-    pairing = (
-        "arms of one seed differ, so their comparison is of this, too"
-        if found.within_seed
-        else "arms of one seed agree, so differences paired by seed are free of it"
-    )
-    return f"{found.field}: {'; '.join([*told, *more])}; {pairing}."
+    return f"{found.field}: {'; '.join([*told, *more])}; {_pairing(found)}."
+
+
+def _pairing(found: Difference) -> str:
+    if found.within_run:
+        return "it changed within the run, so the run is of both"
+    if found.within_seed:
+        return "arms of one seed differ, so their comparison is of this, too"
+    return "arms of one seed agree, so differences paired by seed are free of it"
 
 
 def _runs_text(names: Sequence[str]) -> str:
@@ -156,7 +203,9 @@ def _runs_text(names: Sequence[str]) -> str:
 
 
 def _cut(value: str) -> str:
-    return value[:12] if re.fullmatch(r"[0-9a-f]{40,64}", value) else value if len(value) <= 60 else f"{value[:60]}..."
+    if re.fullmatch(r"[0-9a-f]{40,64}", value):
+        return value[:12]
+    return value if len(value) <= 60 else f"{value[:60]}... (sha256 {_digest(value)})"
 
 
 # ---------------------------------------------------------------------------------------------------- anonymous
@@ -168,6 +217,7 @@ def anonymous(run: Run) -> Run:
     return replace(
         run,
         provenance=_cleaned(run.provenance, names),
+        attempts={number: _cleaned(card, names) for number, card in run.attempts.items()},
         reason=cleaned(run.reason, names),
         problems=tuple(cleaned(problem, names) for problem in run.problems),
     )

@@ -453,10 +453,14 @@ def _cards(study: Study) -> str:
 
 
 def _card(run: Run) -> str:
-    rows = "".join(f"<tr>{_fact_row(key, [value])}</tr>" for key, value in facts(run.provenance).items())
+    values = {key: [value] for key, value in facts(run.provenance).items()}
+    values |= {f"{key}, by attempt": [value for _, value in each] for key, each in cards.changed(run).items()}
+    rows = "".join(f"<tr>{_fact_row(key, each)}</tr>" for key, each in values.items())
     status = f'<span class="status {escape(run.status)}">{escape(run.status)}</span>'
     return f"<details><summary>{escape(run.run_id)} · {status}</summary><table><tbody>{rows}</tbody></table></details>"
 
 
 def _fact_row(key: str, values: Sequence[str]) -> str:
-    return f"<th>{escape(key)}</th>" + "".join(f'<td class="value">{escape(value)}</td>' for value in values)
+    return f"<th>{escape(key)}</th>" + "".join(
+        f'<td class="value">{escape(cards.short(value))}</td>' for value in values
+    )

@@ -340,9 +340,21 @@ def _card_lines(study: Study) -> str:
     if not study.runs:
         return ""
     differing = differing_facts(study.runs)
-    shared = [(key, f"`{value}`") for key, value in facts(study.runs[0].provenance).items() if key not in differing]
+    first = facts(study.runs[0].provenance)
+    shared = [(key, _code(value)) for key, value in first.items() if key not in differing]
     rows = [
-        (run.run_id, *(f"`{values[index]}`" for values in differing.values())) for index, run in enumerate(study.runs)
+        (run.run_id, *(_code(values[index]) for values in differing.values())) for index, run in enumerate(study.runs)
+    ]
+    changed = [
+        (run.run_id, key, f"{number}", _code(value))
+        for run in study.runs
+        for key, values in cards.changed(run).items()
+        for number, value in values
     ]
     tables = [_table(("the same in all runs", "value"), shared), _table(("run", *differing), rows) if differing else ""]
+    tables.append(_table(("run", "changed between its attempts", "attempt", "value"), changed))
     return "\n\n".join(table for table in tables if table)
+
+
+def _code(value: str) -> str:
+    return f"`{cards.short(value)}`"

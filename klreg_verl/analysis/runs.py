@@ -15,7 +15,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Run:
     metrics: pd.DataFrame
     """One row a step in order, indexed by "step" (0 is the validation before training); columns are metric keys."""
     problems: tuple[str, ...] = ()
+    attempts: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """The card of each attempt that steps were made in, by its number; empty in folders that have none."""
 
     @property
     def label(self) -> str:
@@ -139,7 +141,18 @@ def read_run(path: Path, recipe_dir: Path) -> Run:
         reason=str(state.get("reason") or ""),
         metrics=metrics,
         problems=tuple(problems),
+        attempts=_attempts(path / "attempts"),
     )
+
+
+def _attempts(folder: Path) -> dict[int, Mapping[str, Any]]:
+    """Attempts with a card; one that ended before a training step is left out, as it made nothing."""
+    found = {}
+    for card in sorted(folder.glob("*/provenance.json"), key=lambda path: _natural(f"attempt={path.parent.name}")):
+        end = _read_object(card.with_name("end.json"), [])
+        if card.parent.name.isdecimal() and end.get("step", 1):
+            found[int(card.parent.name)] = _read_object(card, [])
+    return found
 
 
 def sample_files(folder: Path) -> dict[int, Path]:
