@@ -11,7 +11,7 @@ column is text in one and a number in another, so all of them become text:
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -30,12 +30,20 @@ def golden_text(value: Any) -> str:
     answers = list(dict.fromkeys(text for text in map(_one, _flat(value)) if text))
     if not answers:
         return ""
-    return answers[0] if len(answers) == 1 and not _is_list(answers[0]) else json.dumps(answers, ensure_ascii=False)
+    is_plain = len(answers) == 1 and alternatives(answers[0]) == answers
+    return answers[0] if is_plain else json.dumps(answers, ensure_ascii=False)
 
 
-def alternatives(ground_truth: str) -> list[str]:
-    """The right answers that a ground truth of `golden_text` names, one or several."""
-    return json.loads(ground_truth) if _is_list(ground_truth) else [ground_truth]
+def alternatives(ground_truth: Any) -> list[str]:
+    """The right answers of a row: the texts of a JSON list of strings, or the one that is given, of any type; none for
+    None."""
+    if ground_truth is None:
+        return []
+    if isinstance(ground_truth, str):
+        return _listed(ground_truth) or [ground_truth]
+    if isinstance(ground_truth, Iterable) and not isinstance(ground_truth, bytes):
+        return [str(entry) for entry in ground_truth]
+    return [str(ground_truth)]
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -90,15 +98,15 @@ def _unboxed(text: str) -> str:
     return inner if depth == 0 else text
 
 
-def _is_list(text: str) -> bool:
-    """Whether a ground truth would be read as a JSON list of strings."""
-    if not text.startswith("["):
-        return False
+def _listed(text: str) -> list[str]:
+    """The texts of a JSON list of strings; nothing for any other text."""
+    if text.lstrip()[:1] != "[":
+        return []
     try:
         found = json.loads(text)
-    except ValueError:
-        return False
-    return isinstance(found, list) and bool(found) and all(isinstance(item, str) for item in found)
+    except (ValueError, RecursionError):
+        return []
+    return found if isinstance(found, list) and all(isinstance(item, str) for item in found) else []
 
 
 def is_number(text: str) -> bool:

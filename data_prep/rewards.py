@@ -9,7 +9,7 @@ takes the list of keys from the first sample, every call returns the same ones:
     pred         the answer as it was read, "" if there is none
     format_ok    1.0 if the response has the task's form, right or wrong
     truncated    1.0 if the response ended inside its reasoning
-    timeout      1.0 if there is no verdict: the grading was stopped at its time limit, or its process died
+    timeout      1.0 if there is no verdict: refused as a bomb, time limit, or its process died
 
 The data_source names the task: "palindrome", "skill/<name>" for a skill of data_prep.skills, and mathematics for
 every other name (deepscaler, aime24, math500, skill/gsm8k, a user's own); there several right answers are a JSON list
@@ -25,8 +25,9 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from typing import Any, get_args
 
+from data_prep.golden import alternatives
 from data_prep.grading.extraction import AnswerFormat, extract, final_text, is_truncated, last_box
-from data_prep.grading.mathematics import judge, right_answers
+from data_prep.grading.mathematics import judge
 from klreg_verl.experiment.strict import FieldError
 
 logger = logging.getLogger(__name__)
@@ -99,12 +100,13 @@ def compute_score(
 def _grade(data_source: Any, response: str, ground_truth: Any, extra_info: Any, kwargs: Mapping[str, Any]) -> Grade:
     options = _options(kwargs)
     grader, own_format = grader_of(data_source)
-    if is_truncated(response, thinks=options.thinks) and options.thinks:
+    truncated = is_truncated(response, thinks=options.thinks)
+    if truncated and options.thinks:
         return Grade(truncated=1.0)
     form = options.answer_format or _format_of_row(extra_info) or own_format
     answer = extract(final_text(response), form)
     grade = Grade() if answer is None else grader(answer, ground_truth, options)
-    return replace(grade, truncated=float(is_truncated(response)))
+    return replace(grade, truncated=float(truncated))
 
 
 def _options(kwargs: Mapping[str, Any]) -> RewardOptions:
@@ -159,7 +161,7 @@ def grade_mathematics(answer: str, ground_truth: Any, options: RewardOptions) ->
     answer = answer if boxed is None else boxed
     if not answer:
         return Grade()
-    verdict = judge(answer, right_answers(ground_truth))
+    verdict = judge(answer, alternatives(ground_truth))
     right = float(verdict.right)
     return Grade(score=right, acc=right, pred=answer[:MAX_PRED], format_ok=1.0, timeout=float(bool(verdict.ungraded)))
 

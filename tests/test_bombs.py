@@ -13,6 +13,7 @@ BOMBS = {
     "x^{y^{z^{w}}}": "a power tower",
     "((9^{99})^{99})^{99}": "a power of powers",
     "{{9^{99}}^{99}}^{99}": "a power of powers",
+    "(" * 30 + "x" + ")^2" * 30: "a power of powers",  # 2^30, and as many steps if each power read its group
     "2^{1000000007}": "an exponent or bound of more than 4 digits",
     "2^{-12345}": "an exponent or bound of more than 4 digits",
     "2^12345": "an exponent or bound of more than 4 digits",

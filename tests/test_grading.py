@@ -21,7 +21,7 @@ from real_data import agentica
 from data_prep.grading import worker
 from data_prep.grading.bombs import refusal
 from data_prep.grading.equality import number, tidy
-from data_prep.grading.mathematics import COUNTS, POOL
+from data_prep.grading.mathematics import POOL, _verified
 from data_prep.rewards import compute_score
 
 math_verify = pytest.importorskip("math_verify", reason="math-verify is not installed (make setup)")
@@ -57,6 +57,7 @@ BOMBS = [
     "9^{9^{9}}",
     "9^9^9^9",
     "((9^{99})^{99})^{99}",
+    "(" * 30 + "x" + ")^2" * 30,
     "2^{1000000007}",
     "99999999!",
     "((9!)!)!",
@@ -142,9 +143,9 @@ def start() -> None:
 def test_nothing_that_a_model_writes_raises_hangs_or_leaves_anything(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start()
-    before, watch = COUNTS.now(), Watch()
+    verified, watch = _verified.cache_info().misses, Watch()
     watch.start()
-    count, slowest = 0, (0.0, "")
+    count, ungraded, slowest = 0, 0, (0.0, "")
     for gold, response in fuzz(tmp_path / "made"):
         begun = time.monotonic()
         result = compute_score("deepscaler", response, gold)
@@ -152,14 +153,17 @@ def test_nothing_that_a_model_writes_raises_hangs_or_leaves_anything(tmp_path, m
         assert list(result) == ["score", "acc", "pred", "format_ok", "truncated", "timeout"]
         assert not (result["score"] and result["timeout"])
         count += 1
+        ungraded += result["timeout"] == 1.0
     watch.done.set()
-    taken = {name: now - before[name] for name, now in COUNTS.now().items()}
-    print(f"\n{count} responses, {taken}, slowest {slowest[0]:.2f} s, most memory {watch.largest / 2**20:.0f} MiB")
+    verified = _verified.cache_info().misses - verified
+    most = watch.largest / 2**20
+    print(f"\n{count} responses, {verified} verified, {ungraded} ungraded")
+    print(f"slowest {slowest[0]:.2f} s, most memory {most:.0f} MiB")
     assert count >= 2000
     assert slowest[0] < HANG_SECONDS, slowest[1]
     assert 0 < watch.largest < worker.MEMORY_BYTES + 300 * 2**20  # and what the program itself takes
     assert list(tmp_path.iterdir()) == []
-    assert taken["verified"] > 100 and taken["refused"] > 5  # the responses reached every part of the grader
+    assert verified > 100 and ungraded > 5  # the responses reached every part of the grader
     assert compute_score("deepscaler", r"\boxed{x+1}", "1+x")["score"] == 1.0
 
 

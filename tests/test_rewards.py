@@ -1,5 +1,6 @@
 """compute_score: what is right, what is only well formed, how an answer is found, and that it never raises."""
 
+import itertools
 import json
 import logging
 import random
@@ -214,22 +215,43 @@ def test_what_is_not_equal_is_wrong(gold, answer):
 
 
 @pytest.mark.parametrize("bomb", ["9^{9^{9^{9}}}", "99999!", r"2^{1000000007}"])
-def test_a_bomb_is_refused_unless_it_is_the_right_answer_to_the_letter(bomb):
-    before = mathematics.COUNTS.now()["refused"]
-    assert solve(rf"\boxed{{{bomb}}}")["score"] == 0.0
-    assert mathematics.COUNTS.now()["refused"] == before + 1
-    assert solve(rf"\boxed{{{bomb}}}", bomb)["score"] == 1.0
+def test_a_bomb_has_no_verdict_unless_it_is_the_right_answer_to_the_letter(bomb):
+    result = solve(rf"\boxed{{{bomb}}}")
+    assert (result["score"], result["timeout"]) == (0.0, 1.0)
+    result = solve(rf"\boxed{{{bomb}}}", bomb)
+    assert (result["score"], result["timeout"]) == (1.0, 0.0)
 
 
-def test_without_a_verdict_the_timeout_is_one_and_a_warning_is_logged(caplog):
+def test_a_refused_answer_is_logged_with_its_reason(monkeypatch, caplog):
+    monkeypatch.setattr(mathematics, "_UNGRADED", itertools.count(1))
+    with caplog.at_level(logging.WARNING, logger="data_prep.grading.mathematics"):
+        solve(r"\boxed{9^{9^{9}}}", "x+1")
+    assert "1 answers have no verdict so far and score 0. The last: refused: a power tower of numbers" in caplog.text
+
+
+def test_one_right_answer_that_is_refused_leaves_the_others_to_be_compared():
+    several = '["9^{9^{9}}", "x+1"]'
+    assert [
+        (found["score"], found["timeout"]) for found in (solve(r"\boxed{1+x}", several), solve(r"\boxed{x}", several))
+    ] == [
+        (1.0, 0.0),
+        (0.0, 1.0),  # perhaps it is the first one
+    ]
+
+
+@pytest.mark.parametrize("length", [1001, 5001])
+def test_a_long_answer_that_is_no_right_one_as_text_is_wrong(length):
+    result = solve(rf"\boxed{{{('x+' * length)[:length]}}}", "x+1")
+    assert (result["score"], result["timeout"]) == (0.0, 0.0)
+
+
+def test_without_a_verdict_the_timeout_is_one_and_a_warning_is_logged(monkeypatch, caplog):
+    monkeypatch.setattr(mathematics, "_UNGRADED", itertools.count(1))
     bomb = r"\boxed{(y+1)^{999}(x^2+2x+1)^{1004}}"
     with caplog.at_level(logging.WARNING, logger="data_prep.grading.mathematics"):
-        before = mathematics.COUNTS.now()["ungraded"]
         result = solve(bomb, "(x+1)^{2008}(y+1)^{999}")
     assert (result["score"], result["format_ok"], result["timeout"]) == (0.0, 1.0, 1.0)
-    assert mathematics.COUNTS.now()["ungraded"] == before + 1
-    if before == 0:
-        assert "1 answers have no verdict so far and score 0. The last: not finished after 2 s" in caplog.text
+    assert "1 answers have no verdict so far and score 0. The last: not finished after 2 s" in caplog.text
 
 
 def test_a_verdict_is_remembered_and_the_lack_of_one_is_not(monkeypatch):

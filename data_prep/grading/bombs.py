@@ -1,7 +1,8 @@
 """Expressions that are not handed to a computer algebra system: a few characters that cost it minutes or gigabytes.
 
 The worker's limits stop whatever is not recognized here; refusing the plain cases at once saves those two seconds. A
-refused answer is still compared as text. Ordinary answers pass: 2^{1999}, e^{-x^2}, 100!, \\binom{20}{10}.
+refused answer is still compared as text, and else has no verdict. Ordinary answers pass: 2^{1999}, e^{-x^2}, 100!,
+\\binom{20}{10}.
 """
 
 import re
@@ -76,11 +77,16 @@ def _power_refusal(text: str) -> str:
 
 def _combined_power(text: str) -> int:
     """The largest product of exponents that apply to one another: 6 for (x^2)^3, 3 for x^2 y^3."""
-    largest = 1
-    for match in _NUMERIC_POWER.finditer(text):
-        inner = _combined_power(_group_ending_at(text, match.start())) if match[0][0] in ")}]" else 1
-        largest = max(largest, int(match[1]) * inner)
-    return largest
+    powers = {match.start(): int(match[1]) for match in _NUMERIC_POWER.finditer(text)}
+    largest = [1]  # in each group that is open, the outermost first
+    for place, character in enumerate(text):
+        if character in "({[":
+            largest.append(1)
+            continue
+        closes = character in ")}]"
+        inner = largest.pop() if closes and len(largest) > 1 else largest[0] if closes else 1
+        largest[-1] = max(largest[-1], inner * powers.get(place, 1))
+    return max(largest)
 
 
 def exponents(text: str) -> list[str]:

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 import pytest
 from real_data import agentica
 
-from data_prep.grading.mathematics import COUNTS, POOL, _verified
+from data_prep.grading.mathematics import POOL, _verified
 from data_prep.rewards import compute_score
 
-ROWS, TURNS, BATCH = 1200, 5, 240
+ROWS, BATCH = 1200, 240
 Response = tuple[str, str]
 """A right answer, and a response to grade against it."""
 
@@ -89,7 +89,7 @@ def test_grading_real_answers():
             for (gold, response), we, they in zip(batch, ours_say, theirs_say, strict=True)
             if we != they
         ]
-    print(f"\n{len(made)} responses of {statistics.mean(len(text) for _, text in made):.0f} characters, {COUNTS.now()}")
+    print(f"\n{len(made)} responses of {statistics.mean(len(text) for _, text in made):.0f} characters")
     for name, column in zip(("ours", "math-verify"), zip(*seconds, strict=True), strict=True):
         print(f"  {name:<12} {spread([1e3 * entry / BATCH for entry in column])} ms a response")
     print(f"  ratio        {spread([other / mine for mine, other in seconds])}  (target 5)")
