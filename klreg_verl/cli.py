@@ -269,7 +269,10 @@ def _show_failure(outcome: Any, root: Path) -> None:
 
 
 def _write_report(read: Recipe, root: Path, **how: Any) -> None:
-    text = {"question": read.question, "arms": list(read.arms), "claims": read.claims}
+    from klreg_verl.experiment import plan as plans
+
+    text = {"name": read.name, "question": read.question, "arms": list(read.arms), "claims": read.claims}
+    text["planned"] = [spec.run_id for spec in plans.expand(read)]
     _write_report_of(root / read.name, text, **how)
 
 
@@ -308,7 +311,7 @@ def _stock_command(spec: RunSpec, root: Path) -> str:
 
     platform = _platform()
     values = _settings(spec, root, platform)
-    environment = {"PYTHONPATH": spec.root} if spec.task.reward else {}
+    environment = {"PYTHONPATH": spec.root}
     if platform == "cpu":
         environment |= cpu.ENVIRONMENT
         values |= {"ray_kwargs.ray_init.num_cpus": 16, "ray_kwargs.ray_init.num_gpus": spec.resources.gpus_per_node}

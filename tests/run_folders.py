@@ -60,7 +60,7 @@ def write_run(
     attempts: Sequence[Mapping[str, Any]] = (),
     samples: Mapping[int, pa.Table] | None = None,
 ) -> Path:
-    """One run folder that holds exactly ``rows`` (each with its "step"), and the cards of its ``attempts``; its path."""
+    """One run folder that holds exactly ``rows`` (each with its "step") and the cards of ``attempts``; its path."""
     folder = recipe_dir.joinpath(arm, task, *grid, f"seed{seed}")
     (folder / "attempts" / "1").mkdir(parents=True)
     last = max((row["step"] for row in rows), default=0)

@@ -37,8 +37,8 @@ def test_a_field_that_differs_names_its_values_and_runs(tmp_path: Path) -> None:
     (found,) = cards.undeclared(runs.load(tmp_path))
     assert (found.field, found.within_seed) == ("data.train.sha256", True)
     assert cards.sentences([found]) == [
-        "data.train.sha256: aaaaaaaaaaaa in none/palindrome/seed1; bbbbbbbbbbbb in reverse/palindrome/seed1; arms of one "
-        "seed differ, so their comparison is of this, too."
+        "data.train.sha256: aaaaaaaaaaaa in none/palindrome/seed1; bbbbbbbbbbbb in reverse/palindrome/seed1; arms of "
+        "one seed differ, so their comparison is of this, too."
     ]
 
 

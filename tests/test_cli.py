@@ -228,6 +228,7 @@ def test_show_prints_verls_settings_of_the_arm(klreg: Klreg, study: Path):
 @pytest.mark.parametrize("arm", ["none", "reverse"])
 def test_as_verl_prints_a_script_that_bash_can_read_and_whose_kl_file_loads(klreg: Klreg, study: Path, arm: str):
     script = klreg("plan", study, "--as-verl", arm).stdout
+    assert f"\nPYTHONPATH={study.parent} " in script  # modules of the user's own lie beside the recipe
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=20)
     # run it with verl's start replaced by one that prints its arguments
     recorder = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ['KLREG_KL']]))\n"
@@ -320,6 +321,24 @@ def test_report_of_a_folder_of_runs(klreg: Klreg, study: Path):
     assert result.exit_code == 0
     assert f"report: {folder / 'report.html'}" in told(result)
     assert (folder / "report.html").is_file()
+
+
+def test_a_report_names_the_planned_runs_that_have_no_folder(klreg: Klreg, study: Path):
+    write_run(study.parent / "runs" / "study", "none", [], task="p", status="failed", reason="x", steps=4)
+    assert klreg("report", study).exit_code == 0
+    text = (study.parent / "runs" / "study" / "report.md").read_text()
+    # two arms and two seeds are planned, none/p/seed1 is there
+    for run_id in ("none/p/seed2", "reverse/p/seed1", "reverse/p/seed2"):
+        assert f"- `{run_id}`: not started" in text
+    assert "- `none/p/seed1`: not started" not in text
+
+
+def test_a_report_of_a_folder_asks_what_its_runs_asked(klreg: Klreg, study: Path):
+    (spec, *_) = plan.expand(recipe.load(study))
+    folder = RunFolder(study.parent / "runs" / "study" / spec.run_id)
+    folder.create(spec)
+    klreg("report", study.parent / "runs" / "study")
+    assert (study.parent / "runs" / "study" / "report.md").read_text().startswith("# q\n")
 
 
 def test_report_of_runs_that_failed_before_their_first_step(klreg: Klreg, study: Path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def read_study(
     name = str(recipe_text.get("name") or recipe_dir.resolve().name)
     return Study(
         name=name,
-        question=str(recipe_text.get("question") or name).strip(),
+        question=str(recipe_text.get("question") or _asked(runs) or name).strip(),
         runs=tuple(run for group in groups for run in group.runs),
         groups=groups,
         missing=tuple(run_id for run_id in recipe_text.get("planned") or () if run_id not in existing),
@@ -66,3 +66,8 @@ def read_study(
         optima=tuple(optimum.compare(groups)),
         differences=tuple(cards.undeclared(runs)),
     )
+
+
+def _asked(runs: Sequence[Run]) -> str:
+    """The question as the runs' specs have it, for a report of a folder without its recipe."""
+    return next((str(run.spec["question"]) for run in runs if run.spec.get("question")), "")
