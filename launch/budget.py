@@ -1,7 +1,8 @@
 """Whether a run may be tried again: attempts are limited, and one that fails twice in the same way is left alone.
 
 What an attempt came to is in its end.json (local.py). One without that file was cut short: its node died, or the job
-was killed. That is no fault of the run, and neither is a lost node: it counts as an attempt and as nothing else.
+was killed. That is no fault of the run, and neither is a lost node or a signal: it counts as an attempt and as nothing
+else. A run that its own alarms ended is not tried again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Attempt:
 
     number: int
     status: str = ""
-    """Empty where it was cut short, "lost" where Ray or a node was."""
+    """Empty where it was cut short, "lost" where Ray or a node was, "signal" after one, "alarm" where that ended it."""
     reason: str = ""
     step: int | None = None
     """The run's last step when it ended."""
@@ -32,6 +33,8 @@ def refusal(folder: RunFolder, budget: Budget) -> str | None:
     """Why the run must not be tried again, or None."""
     tried = attempts(folder)
     last = next((one.reason for one in reversed(tried) if one.reason), "")
+    if tried and tried[-1].status == "alarm":
+        return last
     if len(tried) >= budget.attempts:
         return f"{len(tried)} attempts, the profile's limit; the last reason: {last or 'cut short'}"
     ended = _with_gains(tried)
@@ -75,7 +78,7 @@ def _with_gains(tried: list[Attempt]) -> list[tuple[Attempt, bool]]:
     found, best = [], 0
     for one in tried:
         step = one.step or 0
-        if one.status not in ("", "lost"):
+        if one.status not in ("", "lost", "signal"):
             found.append((one, step > best))
         best = max(best, step)
     return found

@@ -47,7 +47,7 @@ def retry_command(
     runs_dir: RunsDir = None,
 ) -> None:
     """Try failed runs again, with a new budget of attempts, where they stopped."""
-    from launch import budget, inputs
+    from launch import budget, inputs, preflight
     from launch import profile as profiles
 
     specs, root = located(recipe, overrides, arm, task, seed, runs_dir)
@@ -56,6 +56,7 @@ def retry_command(
         typer.echo("No run has failed.")
         return
     chosen = profiles.load(profile) if profile else _last_job(root / specs[0].recipe).profile
+    preflight.check_folders(failed, root)
     for spec in failed:
         folder = inputs.run_folder(spec, root)
         with folder.lock():
@@ -211,8 +212,9 @@ def located(
 
 def _submit(specs: list[RunSpec], profile: Profile, root: Path, dry_run: bool) -> None:
     from klreg_verl.experiment import estimate
-    from launch import slurm
+    from launch import preflight, slurm
 
+    preflight.check_same(specs, root)
     recipe_dir = root / specs[0].recipe
     reachable = _reachable(dry_run)
     queued = slurm.in_queue(recipe_dir) if reachable else {}

@@ -21,6 +21,7 @@ class Display(Protocol):
     """Told of everything worth seeing; `step` gets a line of metrics.jsonl."""
 
     def note(self, text: str) -> None: ...
+    def skip(self, spec: RunSpec) -> None: ...
     def start(self, spec: RunSpec, steps_done: int) -> None: ...
     def step(self, spec: RunSpec, line: Line) -> None: ...
     def end(self, spec: RunSpec, status: str, reason: str) -> None: ...
@@ -54,6 +55,10 @@ class PlainDisplay:
     def note(self, text: str) -> None:
         print(text, flush=True)
 
+    def skip(self, spec: RunSpec) -> None:
+        """It is done already."""
+        self._pace.end(spec)
+
     def start(self, spec: RunSpec, steps_done: int) -> None:
         self._pace.start(spec, steps_done)
         resumed = f", resumed after step {steps_done}" if steps_done else ""
@@ -69,7 +74,7 @@ class PlainDisplay:
         )
 
     def end(self, spec: RunSpec, status: str, reason: str) -> None:
-        self._pace.end()
+        self._pace.end(spec)
         print(f"{spec.run_id}: {status}{': ' + reason if reason else ''}", flush=True)
 
 
@@ -77,7 +82,8 @@ class Pace:
     """Time left, from the mean of the steps seen; start-up is not a step."""
 
     def __init__(self, runs: int) -> None:
-        self.runs_left = runs
+        self.runs = runs
+        self._over: set[str] = set()
         self.step_seconds: float | None = None
         self.startup_seconds = 0.0
         self.done = 0
@@ -85,6 +91,7 @@ class Pace:
         self._counted = 0
 
     def start(self, spec: RunSpec, steps_done: int) -> None:
+        self._over.discard(spec.run_id)  # another attempt
         self.done, self._counted = steps_done, 0
         self._started = self._last = time.monotonic()
 
@@ -97,13 +104,13 @@ class Pace:
             self.step_seconds = seconds if self.step_seconds is None else 0.8 * self.step_seconds + 0.2 * seconds
         self._last, self.done, self._counted = now, line["step"], self._counted + 1
 
-    def end(self) -> None:
-        self.runs_left -= 1
+    def end(self, spec: RunSpec) -> None:
+        self._over.add(spec.run_id)
 
     def left(self, spec: RunSpec) -> float:
         """Seconds to the end of the study, if all runs are as long as this one."""
         step = self.step_seconds or 0.0
-        later = max(0, self.runs_left - 1) * (self.startup_seconds + step * spec.train.steps)
+        later = max(0, self.runs - len(self._over) - 1) * (self.startup_seconds + step * spec.train.steps)
         return step * (spec.train.steps - self.done) + later
 
 
@@ -128,6 +135,11 @@ class LiveDisplay:
     def note(self, text: str) -> None:
         self._live.console.print(text, style="dim", markup=False, highlight=False)
 
+    def skip(self, spec: RunSpec) -> None:
+        """It is done already."""
+        self._pace.end(spec)
+        self._set(spec, self._row(spec, "done", str(spec.train.steps)))
+
     def start(self, spec: RunSpec, steps_done: int) -> None:
         self._pace.start(spec, steps_done)
         self._set(spec, self._row(spec, "starting", str(steps_done)))
@@ -146,7 +158,7 @@ class LiveDisplay:
         self._bar.update(self._task, completed=line["step"], left=left, description=f"{spec.arm} seed {spec.seed}")
 
     def end(self, spec: RunSpec, status: str, reason: str) -> None:
-        self._pace.end()
+        self._pace.end(spec)
         row = self._rows[spec.run_id]
         self._set(spec, [*row[:3], status, *row[4:]])
         if reason:

@@ -12,7 +12,7 @@ from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, atomic_write
 from klreg_verl.verl_hooks import checkpoints
 from launch.inputs import run_folder
-from launch.local import WEIGHTS_ONLY
+from launch.preflight import WEIGHTS_ONLY, check_same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,11 @@ class Waste:
 
 
 def find(specs: Sequence[RunSpec], runs_dir: Path, optimizer: bool) -> list[Waste]:
-    """Of runs that nobody works in; of done ones also older checkpoints and, if asked for, the optimizer's state."""
+    """Of runs that nobody works in; of done ones also older checkpoints and, if asked for, the optimizer's state.
+
+    Raises ValueError for a folder that holds another run.
+    """
+    check_same(specs, runs_dir)
     found = []
     for spec in specs:
         folder = run_folder(spec, runs_dir)

@@ -25,6 +25,7 @@ from klreg_verl.experiment import claims, provenance
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, Status, atomic_write, write_json
 from klreg_verl.verl_hooks import checkpoints, cpu, overrides
+from klreg_verl.verl_hooks.watch import AlarmRaised
 from launch import failure, inputs, preflight
 from launch.display import Display
 from launch.session import AttachedSession, Session, attached_session, ray_session
@@ -41,6 +42,8 @@ class Outcome:
     spec: RunSpec
     status: Status
     reason: str = ""
+    end: str = ""
+    """What end.json says, where that is not the status."""
 
 
 class Interrupted(Exception):
@@ -48,7 +51,7 @@ class Interrupted(Exception):
 
     reason = "stopped by a signal"
     """What the run's state says."""
-    end = "interrupted"
+    end = "signal"
     """What end.json says."""
 
 
@@ -72,6 +75,8 @@ def run(
     preflight.check_folders(specs, runs_dir)
     waiting = [spec for spec in specs if not inputs.run_folder(spec, runs_dir).is_done(spec)]
     done = [Outcome(spec=spec, status="done") for spec in specs if spec not in waiting]
+    for outcome in done:
+        display.skip(outcome.spec)
     if not waiting:
         return done
     files = {spec.run_id: inputs.prepare(spec, runs_dir, display.note) for spec in waiting}
@@ -99,11 +104,16 @@ def run_one(
 ) -> Outcome:
     """One attempt at one run, resumed from its newest whole checkpoint."""
     folder = inputs.run_folder(spec, runs_dir)
-    before = folder.spec() or spec
-    folder.create(spec)
     with folder.lock():
+        preflight.check_same([spec], runs_dir)
+        folder.create(spec)
+        folder.sweep()
+        if preflight.without_optimizer(folder) is not None:  # so it has every step that is asked for
+            folder.set_state("done", step=folder.last_step(), steps=spec.train.steps)
+            display.skip(spec)
+            return Outcome(spec=spec, status="done")
         notes = checkpoints.repair(folder.checkpoints_dir)
-        if lost := lost_checkpoints(folder, max(before.save.every, spec.save.every)):
+        if lost := lost_checkpoints(folder, spec):
             folder.set_state("failed", reason=lost, step=folder.last_step())
             display.end(spec, "failed", lost)
             return Outcome(spec=spec, status="failed", reason=lost)
@@ -115,29 +125,25 @@ def run_one(
         display.start(spec, checkpoints.newest_complete(folder.checkpoints_dir) or 0)
         folder.set_state("running", steps=spec.train.steps, attempt=int(attempt.name))
         outcome = _watch(spec, folder, attempt, settings, environment, session, display)
-        _write_end(folder, attempt, outcome.status, outcome.reason)
+        _write_end(folder, attempt, outcome.status, outcome.reason, outcome.end)
     display.end(spec, outcome.status, outcome.reason)
     return outcome
 
 
-def lost_checkpoints(folder: RunFolder, every: int) -> str | None:
-    """Why a run that has saved cannot go on, though nothing whole is left; it is never started anew unasked.
+def lost_checkpoints(folder: RunFolder, spec: RunSpec) -> str | None:
+    """Why a run that has saved cannot go on, as nothing whole is left; it is never started anew unasked.
 
-    `every`: steps between its checkpoints. One is whole before the next step's line is written.
+    The steps between checkpoints may have changed: the longest of all attempts says that one was saved. A checkpoint is
+    whole before the next step's line is written.
     """
     newest, last = checkpoints.newest_complete(folder.checkpoints_dir), folder.last_step() or 0
-    if newest is None and last > every:
+    told = [json.loads(path.read_text())["trainer.save_freq"] for path in folder.attempts_dir.glob("*/verl.json")]
+    if newest is None and last > max([spec.save.every, *told]):
         return (
             f"{last} steps are done and no checkpoint in {folder.checkpoints_dir} is whole: it would start anew. "
             "Restore one (what was not whole is beside it as incomplete_*), or remove the run's folder."
         )
-    if newest is not None and (checkpoints.step_folder(folder.checkpoints_dir, newest) / WEIGHTS_ONLY).exists():
-        return f"`klreg gc --optimizer` removed the optimizer's state of step {newest}, so the run cannot be extended."
     return None
-
-
-WEIGHTS_ONLY = "WEIGHTS_ONLY"
-"""Marks a checkpoint whose optimizer state was removed."""
 
 
 def _watch(
@@ -167,7 +173,8 @@ def _watch(
         return Outcome(spec=spec, status="done")
     if end.code == 0 and folder.stop_asked():
         return Outcome(spec=spec, status="interrupted", reason=f"asked to stop, saved step {folder.last_step()}")
-    return Outcome(spec=spec, status="failed", reason=failure.reason(log, end))
+    reason = failure.reason(log, end)
+    return Outcome(spec=spec, status="failed", reason=reason, end="alarm" if AlarmRaised.__name__ in reason else "")
 
 
 def _write_end(folder: RunFolder, attempt: Path, status: Status, reason: str, end: str = "") -> None:

@@ -17,6 +17,8 @@ from data_prep.check import check_model, check_task
 from klreg_verl.experiment import fit
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.plan import RunSpec
+from klreg_verl.experiment.store import RunFolder
+from klreg_verl.verl_hooks import checkpoints
 from klreg_verl.verl_hooks.names import TESTED
 from launch import gpu, retained
 from launch.inputs import planned_files, run_folder
@@ -79,15 +81,38 @@ def _peak(one: fit.Fit) -> str:
     return f"about {gib:.0f} of {one.gpu.memory_bytes / fit.GIB:.0f} GiB at the peak, by arithmetic"
 
 
-def check_folders(specs: Sequence[RunSpec], runs_dir: Path) -> None:
-    """No run's folder holds another run, and nobody works in one. Raises ValueError."""
+def check_same(specs: Sequence[RunSpec], runs_dir: Path) -> None:
+    """No run's folder holds another run, or has lost what it would need for more steps. Raises ValueError."""
     for spec in specs:
         folder = run_folder(spec, runs_dir)
         folder.check(spec)
+        if (folder.last_step() or 0) < spec.train.steps and (step := without_optimizer(folder)) is not None:
+            raise ValueError(
+                f"{folder.path}: `klreg gc --optimizer` removed the optimizer's state of step {step}, so the run "
+                f"cannot be extended to {spec.train.steps} steps. Ask for no more than it has, or use another "
+                "--runs-dir."
+            )
+
+
+WEIGHTS_ONLY = "WEIGHTS_ONLY"
+"""Marks a checkpoint whose optimizer state was removed."""
+
+
+def without_optimizer(folder: RunFolder) -> int | None:
+    """The step of a run's newest whole checkpoint, where that has lost its optimizer."""
+    newest = checkpoints.newest_complete(folder.checkpoints_dir)
+    marked = newest is not None and (checkpoints.step_folder(folder.checkpoints_dir, newest) / WEIGHTS_ONLY).exists()
+    return newest if marked else None
+
+
+def check_folders(specs: Sequence[RunSpec], runs_dir: Path) -> None:
+    """No run's folder holds another run, and nobody works in one. Raises ValueError."""
+    check_same(specs, runs_dir)
+    for folder in (run_folder(spec, runs_dir) for spec in specs):
         if folder.is_locked():
             raise ValueError(
-                f"{folder.path} is in use by process {folder.state().pid} on {folder.state().host}. Wait for it or "
-                "stop it; for a second study side by side use another --runs-dir."
+                f"{folder.path} is in use by {folder.holder()}. Wait for it or stop it; for a second study side by "
+                "side use another --runs-dir."
             )
 
 

@@ -145,8 +145,11 @@ def main() -> int:
 
 def run_all(job: Job, specs: tuple[RunSpec, ...], attempt: Path, display: PlainDisplay) -> int:
     """The unfinished runs of a task, on one Ray; returns the exit code."""
-    waiting = [spec for spec in specs if not job.run_folder(spec).is_done(spec)]
     root = Path(job.runs_dir)
+    waiting = [spec for spec in specs if not inputs.run_folder(spec, root).is_done(spec)]
+    for spec in specs:
+        if spec not in waiting:
+            display.skip(spec)
     files = {spec.run_id: inputs.prepare(spec, root, display.note) for spec in waiting}
     if not waiting:
         return DONE

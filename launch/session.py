@@ -23,6 +23,14 @@ CLOSE_SECONDS = 30.0
 GONE = "The process that holds Ray and its workers was killed. Run the same command again."
 
 
+WITH_ITS_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""A program that becomes its arguments, and gets SIGTERM when its parent dies (PR_SET_PDEATHSIG, Linux)."""
+
+
 @dataclass(frozen=True)
 class End:
     """How a run's driver ended."""
@@ -92,11 +100,19 @@ class AttachedSession:
         self._driver: subprocess.Popen[bytes] | None = None
 
     def start(self, argv: list[str], environment: Mapping[str, str], log: Path) -> None:
-        """Start a run's driver on that Ray."""
+        """Start a run's driver on that Ray. No guardian holds it: it hears of our death, and has the run's lock until
+        its own."""
         variables = {**self._environment, "RAY_ADDRESS": self.address, **environment}
+        command = [sys.executable, "-I", "-c", WITH_ITS_PARENT, *argv]
         with open(log, "ab") as out:
             self._driver = subprocess.Popen(
-                argv, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+                command,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                close_fds=False,  # store.RunFolder.lock's file is the only one that a child inherits
             )
 
     def wait(self, seconds: float) -> End | None:

@@ -47,6 +47,11 @@ CASES = {
         [("interrupted", "asked to stop", 0)] * 3,
         "3 attempts in a row without a new step; the last reason: asked to stop",
     ),
+    "stopping it by hand is no fault of the run": ([("signal", "stopped by a signal", 0)] * 4, None),
+    "a run that its alarms ended is not tried again": (
+        [("alarm", "AlarmRaised: alarms.stop is true, and an alarm was raised. kl_above", 3)],
+        "AlarmRaised: alarms.stop is true, and an alarm was raised. kl_above",
+    ),
     "preempted nodes are not counted as standing still": ([("lost", "node b was lost", 0)] * 4 + [SHORT], None),
     "too many, whatever they were": (
         [("interrupted", "asked to stop", step) for step in range(5)] + [SHORT],

@@ -86,8 +86,13 @@ def test_the_time_left_counts_start_up_once_per_run(specs: list[RunSpec], clock)
     pace.step({"step": 2})
     # 0.8 * 4 + 0.2 * 9 = 5
     assert pace.step_seconds == pytest.approx(5)
-    pace.end()
+    pace.end(specs[0])
     assert pace.left(specs[0]) == pytest.approx(8 * 5 + 1 * (30 + 10 * 5))
+    pace.start(specs[0], 0)  # a second attempt at the same run, which counts once
+    pace.end(specs[0])
+    assert pace.left(specs[0]) == pytest.approx(10 * 5 + 1 * (30 + 10 * 5))
+    pace.end(specs[1])  # done already
+    assert pace.left(specs[2]) == pytest.approx(10 * 5)
 
 
 def test_two_lines_seen_at_once_share_their_time_and_a_resumed_run_starts_where_it_was(specs: list[RunSpec], clock):
@@ -140,12 +145,13 @@ def test_the_live_table_at_its_end(specs: list[RunSpec], clock):
         shown.start(specs[1], 4)
         shown.step(specs[1], LINE | {"step": 5})
         shown.end(specs[1], "failed", "ValueError: [x] is not [/y], see [link=a]")
+        shown.skip(specs[2])
     rows = [line.split() for line in last_frame(where) if line.split()[:1] in (["arm"], ["none"], ["reverse"])]
     assert rows == [
         "arm task seed state step accuracy KL [nats] entropy tokens/s".split(),
         "none palindrome 1 done 10/10 0.512 0.042 1.250 812".split(),
         "reverse beta=0.1 palindrome 1 failed 5/10 0.512 0.042 1.250 812".split(),
-        "reverse beta=0.2 palindrome 1 waiting 0/10 - - - -".split(),
+        "reverse beta=0.2 palindrome 1 done 10/10 - - - -".split(),
     ]
     # brackets are text, not Rich's markup
     assert "reverse/palindrome/beta=0.1/seed1: failed: ValueError: [x] is not [/y], see [link=a]" in " ".join(

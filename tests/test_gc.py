@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from verl_stack import spec
 
 from klreg_verl.experiment.plan import RunSpec
@@ -56,22 +57,37 @@ def test_a_run_that_is_not_done_keeps_everything_whole(tmp_path: Path):
         assert gc.find([one], tmp_path, optimizer=True) == []  # somebody works in it
 
 
-def test_without_its_optimizer_a_checkpoint_is_whole_and_the_run_says_that_it_cannot_be_extended(tmp_path: Path):
+def test_without_its_optimizer_a_done_run_stays_as_it_is_and_cannot_be_extended(tmp_path: Path):
     one, folder = saved(tmp_path, 40)
     found = gc.find([one], tmp_path, optimizer=True)
     assert names(found) == [("optim_world_size_1_rank_0.pt", 200)]
-    assert local.lost_checkpoints(folder, one.save.every) is None
     gc.remove(found)
     assert checkpoints.newest_complete(folder.checkpoints_dir) == 40
     longer = replace(one, train=replace(TRAIN, steps=80))
-    seen: list[str] = []
-    display = type(
-        "Display", (), {"note": lambda *_: None, "end": lambda self, spec, status, reason: seen.append(reason)}
-    )
-    outcome = local.run_one(longer, None, tmp_path, "cpu", None, display())
-    assert outcome.status == "failed" and seen == [outcome.reason]
-    assert "`klreg gc --optimizer` removed the optimizer's state of step 40" in outcome.reason
-    assert folder.state().status == "failed" and not folder.attempts_dir.exists()
+    before = folder.state()
+    for refused in (
+        lambda: local.run([longer], tmp_path, "cpu", PlainDisplay(1)),
+        lambda: local.run_one(longer, None, tmp_path, "cpu", None, PlainDisplay(1)),
+    ):
+        with pytest.raises(ValueError, match="removed the optimizer's state of step 40.*cannot be extended to 80"):
+            refused()
+        assert folder.state() == before and folder.spec() == one and folder.is_done(one)
+    assert not folder.attempts_dir.exists()
+
+
+def test_a_done_run_without_its_optimizer_that_was_called_failed_is_done_again(tmp_path: Path):
+    one, folder = saved(tmp_path, 40)
+    gc.remove(gc.find([one], tmp_path, optimizer=True))
+    folder.set_state("failed", reason="it could not be extended")
+    outcome = local.run_one(one, None, tmp_path, "cpu", None, PlainDisplay(1))
+    assert outcome.status == "done" and folder.is_done(one)  # 40 of 40 steps are there
+
+
+def test_nothing_of_another_run_is_listed(tmp_path: Path):
+    one, _ = saved(tmp_path, 20, 40)
+    hotter = replace(one, train=replace(TRAIN, temperature=0.9))
+    with pytest.raises(ValueError, match="holds another run"):
+        gc.find([hotter], tmp_path, optimizer=True)
 
 
 def test_a_run_whose_checkpoints_are_all_broken_is_not_started_anew(tmp_path: Path):
@@ -86,6 +102,18 @@ def test_a_run_whose_checkpoints_are_all_broken_is_not_started_anew(tmp_path: Pa
 def test_a_run_that_was_killed_before_its_first_checkpoint_counted_starts_from_scratch(tmp_path: Path):
     one, folder = saved(tmp_path, status="interrupted")
     folder.metrics_path.write_text('{"step": 20}\n')  # saved every 20: killed between the line and the marker
-    assert local.lost_checkpoints(folder, 20) is None
+    assert local.lost_checkpoints(folder, one) is None
     folder.metrics_path.write_text('{"step": 21}\n')
-    assert "it would start anew" in local.lost_checkpoints(folder, 20)
+    assert "it would start anew" in local.lost_checkpoints(folder, one)
+
+
+def test_a_run_that_never_saved_goes_on_with_more_frequent_checkpoints(tmp_path: Path):
+    """Every 100 steps, killed at 60: nothing was saved, so nothing is lost, however often it saves from now on."""
+    one, folder = saved(tmp_path, status="interrupted")
+    folder.metrics_path.write_text('{"step": 60}\n')
+    often = replace(one, save=replace(one.save, every=10))
+    for every in (100, 10):  # the second attempt was killed before its first step
+        (folder.new_attempt() / "verl.json").write_text(f'{{"trainer.save_freq": {every}}}')
+        assert local.lost_checkpoints(folder, often) is None
+    folder.metrics_path.write_text('{"step": 101}\n')
+    assert "101 steps are done" in local.lost_checkpoints(folder, often)

@@ -45,6 +45,9 @@ class Seen:
     def note(self, text: str) -> None:
         self.events.append(text)
 
+    def skip(self, spec: RunSpec) -> None:
+        self.events.append("skip")
+
     def start(self, spec: RunSpec, steps_done: int) -> None:
         self.events.append(("start", steps_done))
 
@@ -140,6 +143,22 @@ def test_any_other_end_is_a_failure_with_its_reason(spec, files, tmp_path, code,
     assert not folder.is_locked()
 
 
+def test_a_run_that_its_alarms_end_fails_with_an_end_of_its_own(spec, files, tmp_path):
+    code = "from klreg_verl.verl_hooks.watch import AlarmRaised\nstep(1); raise AlarmRaised('kl_above: 3 nats')"
+    outcome, _, folder = run(spec, files, tmp_path / "runs", code)
+    assert (outcome.status, folder.state().status) == ("failed", "failed")
+    end = json.loads((folder.attempts_dir / "1" / "end.json").read_text())
+    assert end["status"] == "alarm" and "kl_above: 3 nats" in end["reason"]
+
+
+def test_what_a_kill_left_behind_is_removed_by_the_next_attempt(spec, files, tmp_path):
+    folder = inputs.run_folder(spec, tmp_path / "runs")
+    folder.create(spec)
+    (folder.path / ".state.json.1.2.tmp").write_text("{")
+    run(spec, files, tmp_path / "runs", "step(1, 2, 3)")
+    assert not list(folder.path.glob(".*.tmp"))
+
+
 def test_a_second_attempt_shows_the_steps_that_it_repeats_and_keeps_the_first_ones_log(spec, files, tmp_path):
     run(spec, files, tmp_path / "runs", "step(0, 1, 2); print('first'); sys.exit(1)")
     resume = """
@@ -170,7 +189,7 @@ def test_what_is_done_is_skipped_without_starting_anything(spec, files, tmp_path
     run(spec, files, tmp_path / "runs", "step(1, 2, 3)")
     seen = Seen()
     (outcome,) = local.run([spec], tmp_path / "runs", "cpu", seen)
-    assert (outcome.status, seen.events) == ("done", [])
+    assert (outcome.status, seen.events) == ("done", ["skip"])
 
 
 def test_a_done_folder_of_another_recipe_is_refused_not_skipped(spec, files, tmp_path):
@@ -277,6 +296,8 @@ def test_a_signal_marks_the_run_interrupted_and_a_second_one_does_not_disturb_th
     state = inputs.run_folder(spec, tmp_path / "runs").state()
     assert (state.status, state.reason, state.step) == ("interrupted", "stopped by a signal", 1)
     assert {n: signal.getsignal(n) for n in before} == before
+    end = json.loads((inputs.run_folder(spec, tmp_path / "runs").attempts_dir / "1" / "end.json").read_text())
+    assert end == {"status": "signal", "reason": "stopped by a signal", "step": 1}  # no fault of the run: budget.py
 
 
 def test_a_signal_that_is_ignored_already_stays_so(monkeypatch):

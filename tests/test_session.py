@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from klreg_verl.experiment.store import RunFolder
 from launch import session as sessions
 from launch.guardian import below
 from launch.session import End, Session, attached_session, ray_session
@@ -100,6 +101,40 @@ def test_a_driver_on_somebody_elses_ray_gets_its_address_and_ends_with_the_sessi
         assert session.wait(0.1) is None
         driver = psutil.Process(session._driver.pid)
     assert not driver.is_running()
+
+
+ATTACHED = """
+import os, sys
+from pathlib import Path
+from klreg_verl.experiment.store import RunFolder
+from launch.session import attached_session
+folder = RunFolder(sys.argv[1])
+with folder.lock(), attached_session("10.0.0.1:6379", os.environ) as session:
+    session.start([sys.executable, "-c", sys.argv[2]], {}, folder.path / "log")
+    session.wait(100)
+"""
+DRIVER = "import os, signal, sys, time; HEAD; print(os.getpid(), flush=True); time.sleep(100)"
+
+
+@pytest.mark.parametrize("head", ["pass", "signal.signal(signal.SIGTERM, signal.SIG_IGN)"])
+def test_after_kill_9_of_klreg_run_no_second_one_starts_beside_its_driver(tmp_path, started, head):
+    folder = RunFolder(tmp_path / "run")
+    owner = subprocess.Popen([sys.executable, "-c", ATTACHED, str(folder.path), DRIVER.replace("HEAD", head)])
+    started.append(owner)
+    log = folder.path / "log"
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert owner.poll() is None
+        time.sleep(0.05)
+    driver = psutil.Process(int(log.read_text()))
+    owner.kill()
+    owner.wait()
+    if head != "pass":  # it does not listen: the lock is then its own
+        assert driver.is_running() and folder.is_locked()
+        driver.kill()
+    psutil.wait_procs([driver], timeout=60)
+    assert not driver.is_running()
+    with folder.lock():
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------- Ray

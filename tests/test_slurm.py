@@ -288,6 +288,8 @@ def test_runs_are_sorted_into_what_to_submit_and_what_not(root: Path):
         ["broken"],
         ["ready"],
     ]
+    changed = [replace(each, train=replace(each.train, temperature=0.9)) for each in runs]
+    assert [each.arm for each in slurm.choose(changed, root / "runs", []).done] == []  # another run's end
     expected = "1 to submit, 1 done, 1 in the queue, 1 failed (`klreg retry` tries them again)"
     assert choice.describe() == expected
 

@@ -80,6 +80,11 @@ def test_more_steps_extend_a_run(folder: RunFolder, spec: RunSpec) -> None:
     assert folder.spec() == longer
 
 
+def test_another_run_in_the_same_folder_is_not_done(folder: RunFolder, spec: RunSpec) -> None:
+    folder.set_state("done", step=10, steps=10)
+    assert not folder.is_done(replace(spec, train=replace(spec.train, learning_rate=1e-3)))
+
+
 def test_fewer_steps_than_done_are_refused(folder: RunFolder, spec: RunSpec) -> None:
     folder.append_metrics(10, {})
     with pytest.raises(ValueError, match="has done 10 steps and train.steps=4 is asked for: a run can be extended"):

@@ -200,18 +200,27 @@ class RunFolder:
             )
 
     def is_done(self, spec: RunSpec) -> bool:
-        """Whether nothing is left to do: finished, with at least the steps that `spec` asks for."""
-        state = self.state()
-        return state.status == "done" and state.step >= spec.train.steps
+        """Whether nothing is left to do: this very run finished, with at least the steps that `spec` asks for."""
+        state, present = self.state(), self.spec()
+        return (
+            present is not None
+            and present.hash == spec.hash
+            and state.status == "done"
+            and state.step >= spec.train.steps
+        )
 
     # ------------------------------------------------------------------------------------------------ lock
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while a process works here. Raises RunLocked, naming the other process, if there is one."""
+        """Held while a process works here. Raises RunLocked, naming the other process, if there is one.
+
+        A child that inherits the file (session.AttachedSession) holds the lock, too, until it ends.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "a+") as file:
             self._acquire(file)
+            os.set_inheritable(file.fileno(), True)
             _write_in_place(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}))
             try:
                 yield
@@ -222,9 +231,8 @@ class RunFolder:
         deadline = time.monotonic() + _LOCK_PATIENCE
         while not _try_lock(file, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
-                file.seek(0)
                 raise RunLocked(
-                    f"{self.path} is in use by {_holder(file.read())}. Wait for it or stop it; two processes cannot "
+                    f"{self.path} is in use by {self.holder()}. Wait for it or stop it; two processes cannot "
                     "write one run. For a second study side by side use another --runs-dir."
                 )
             time.sleep(0.02)
@@ -236,6 +244,14 @@ class RunFolder:
                 return not _try_lock(file, fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
+
+    def holder(self) -> str:
+        """The process that holds the lock, in words."""
+        try:
+            values = json.loads((self.path / ".lock").read_text())
+            return f"process {values['pid']} on {values['host']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process (which has not yet written its name)"
 
     # ------------------------------------------------------------------------------------------------ attempts, state
 
@@ -414,14 +430,6 @@ def _write_in_place(file: io.TextIOWrapper, text: str) -> None:
     file.truncate()
     file.write(text)
     file.flush()
-
-
-def _holder(text: str) -> str:
-    try:
-        values = json.loads(text)
-        return f"process {values['pid']} on {values['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process (which has not yet written its name)"
 
 
 def _append(path: Path, data: bytes | str) -> None:
