@@ -12,7 +12,7 @@
     rewards.py      compute_score, verl's reward function for all tasks; grading/ has what grades mathematics
     cache.py        option dataclasses from mappings and arguments; folders cached by a hash of options and sources
     check.py        what is wrong with a data file or a model folder, said before anything starts
-    trial.py        a reward function tried on a file's own rows
+    trial.py        a reward function tried on a file's own rows; functions.py finds and calls one by its name
 
 Importing the package imports nothing heavy.
 """

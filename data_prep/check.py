@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep import trial
+from data_prep.functions import OURS, load
 from data_prep.lengths import Messages, RenderError, load_tokenizer, named_tokenizer, num_tokens
 from data_prep.schema import check_file, differences
 
@@ -73,7 +74,7 @@ def describe(
     if tokenizer is not None:
         longest = check_lengths(tables, named_tokenizer(tokenizer), max_prompt_tokens)
         lines.append(f"longest prompt: {longest} tokens of at most {max_prompt_tokens}")
-    function = trial.load_function(reward or trial.OURS)
+    function = load(reward or OURS, Path.cwd())
     return lines + [_tried(path, trial.try_reward(function, table), reward) for path, table in tables.items()]
 
 

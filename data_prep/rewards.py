@@ -13,8 +13,9 @@ takes the list of keys from the first sample, every call returns the same ones:
 
 The data_source names the task: "palindrome", "skill/<name>" for a skill of data_prep.skills, and mathematics for
 every other name (deepscaler, aime24, math500, skill/gsm8k, a user's own); there several right answers are a JSON list
-of strings. The form in which the answer is looked for is, in this order: the option `answer_format`; `answer_format`
-in the row's meta (data_prep/styles.py); the task's own, a box for mathematics and the whole text for the others.
+of strings. `graded_as` in the row's meta names another task to be graded as. The form in which the answer is looked for
+is, in this order: the option `answer_format`; `answer_format` in the row's meta (data_prep/styles.py); the task's own,
+a box for mathematics and the whole text for the others.
 Options come by keyword, in verl as reward.custom_reward_function.reward_kwargs: see RewardOptions.
 """
 
@@ -36,6 +37,8 @@ PARTIAL_PALINDROME = 0.05
 PARTIAL_TEXT = 0.02
 MAX_PRED = 500
 """Characters of an answer that are reported."""
+GRADED_AS = "graded_as"
+"""In the meta of a retained row: its data_source before it became skill/<name>."""
 VERLS_ARGUMENTS = ("reward_router_address", "reward_model_tokenizer")
 
 
@@ -86,7 +89,7 @@ def compute_score(
         data_source: names the task.
         solution_str: the response, without the prompt.
         ground_truth: the right answer, or a JSON list of several (mathematics).
-        extra_info: the row's; only `answer_format` in its `meta` is read.
+        extra_info: the row's; only `answer_format` and `graded_as` in its `meta` are read.
         kwargs: RewardOptions; verl's own are ignored, others warned of once.
     """
     response = solution_str if isinstance(solution_str, str) else ""
@@ -99,7 +102,7 @@ def compute_score(
 
 def _grade(data_source: Any, response: str, ground_truth: Any, extra_info: Any, kwargs: Mapping[str, Any]) -> Grade:
     options = _options(kwargs)
-    grader, own_format = grader_of(data_source)
+    grader, own_format = grader_of(graded_as(extra_info) or data_source)
     truncated = is_truncated(response, thinks=options.thinks)
     if truncated and options.thinks:
         return Grade(truncated=1.0)
@@ -123,14 +126,23 @@ def _options(kwargs: Mapping[str, Any]) -> RewardOptions:
 
 def _format_of_row(extra_info: Any) -> AnswerFormat | None:
     """The form that the row's prompt asks for, if its meta says so."""
-    meta = extra_info.get("meta") if isinstance(extra_info, Mapping) else None
-    if not isinstance(meta, str) or "answer_format" not in meta:
-        return None
-    try:
-        form = json.loads(meta).get("answer_format")
-    except (ValueError, AttributeError, RecursionError):
-        return None
+    form = read_meta(extra_info).get("answer_format")
     return form if form in get_args(AnswerFormat) else None
+
+
+def graded_as(extra_info: Any) -> str:
+    """The data_source by which a row is graded where its meta says another than its own (data_prep/retention.py)."""
+    return str(read_meta(extra_info).get(GRADED_AS, ""))
+
+
+def read_meta(extra_info: Any) -> Mapping[str, Any]:
+    """The row's meta; empty where it is no JSON object."""
+    text = extra_info.get("meta") if isinstance(extra_info, Mapping) else None
+    try:
+        found = json.loads(text) if isinstance(text, str) else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def grade_palindrome(answer: str, ground_truth: Any, options: RewardOptions) -> Grade:

@@ -6,23 +6,20 @@ sample to the next. Both show here first.
 
 from __future__ import annotations
 
-import asyncio
-import importlib
-import inspect
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from data_prep.functions import call
 from data_prep.golden import alternatives
-from klreg_verl.experiment.own_code import own_modules
 
 TRIED = 64
 """Rows, spread over the file."""
-OURS = "data_prep.rewards:compute_score"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +33,6 @@ class Trial:
     """What it returns; ("score",) for a plain number."""
     slowest: float
     """Longest call [seconds]."""
-
-
-def load_function(name: str) -> Callable[..., Any]:
-    """The function `pkg.module:name`, looked for in the current folder and among installed packages.
-
-    Raises ValueError where it is not there or does not import.
-    """
-    module, _, function = name.partition(":")
-    try:
-        with own_modules():
-            found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:  # a user's module can fail in any way
-        raise ValueError(
-            f"{name}: cannot import {module!r} ({type(error).__name__}: {error}). It is looked for in the current "
-            "folder and among installed packages. Give pkg.module:function."
-        ) from error
-    if not callable(found):
-        raise ValueError(f"{name}: {module!r} has no function {function!r}. Give pkg.module:function.")
-    return found
 
 
 def try_reward(function: Callable[..., Any], table: pa.Table) -> Trial:
@@ -100,9 +78,7 @@ def _score(function: Callable[..., Any], row: dict[str, Any], response: str) -> 
         "extra_info": dict(row.get("extra_info") or {}),
     }
     try:
-        returned = function(**given)
-        if inspect.isawaitable(returned):
-            returned = asyncio.run(_awaited(returned))
+        returned = call(function, Path.cwd(), **given)
     except Exception as error:  # a user's function can fail in any way
         raise ValueError(
             f"{_name(function)} raises {type(error).__name__}: {error} for the response {response[:60]!r}. verl then "
@@ -127,10 +103,6 @@ def _checked_score(function: Callable[..., Any], fields: dict[str, Any]) -> floa
                 "and short texts only."
             )
     return float(score)
-
-
-async def _awaited(coroutine: Any) -> Any:
-    return await coroutine
 
 
 def _name(function: Callable[..., Any]) -> str:

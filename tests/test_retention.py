@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import retention
+from data_prep.rewards import compute_score
 from data_prep.schema import SCHEMA, write_parquet
 
 
@@ -90,6 +91,33 @@ def test_the_columns_of_what_is_not_built_are_the_schemas(theirs: Path, tmp_path
     assert retention.columns_like(theirs).equals(SCHEMA)
 
 
+@pytest.mark.parametrize(
+    ("source", "truth", "right"),
+    [
+        ("palindrome", "aab", "aba"),  # the letters; as mathematics aba would have to be equal to aab
+        ("skill/spell_backward", "nus", "nus"),
+    ],
+)
+def test_a_row_is_graded_as_under_its_own_name(tmp_path: Path, source: str, truth: str, right: str):
+    path = tmp_path / "own.parquet"
+    given = row(0, source) | {"reward_model": {"style": "rule", "ground_truth": truth}}
+    write_parquet([given], path)
+    (kept,) = pq.read_table(retention.cache("own", path, "id", 1, SCHEMA, tmp_path / "cache")).to_pylist()
+    assert kept["data_source"] == "skill/own"
+    for response in (right, "zzz", rf"\boxed{{{right}}}"):
+        theirs = compute_score(source, response, truth, given["extra_info"])
+        assert compute_score("skill/own", response, truth, kept["extra_info"]) == theirs
+        assert theirs["acc"] == float(response == right)
+
+
+def test_columns_that_cannot_say_how_a_row_is_graded_are_refused(tmp_path: Path):
+    path = tmp_path / "own.parquet"
+    write_parquet([row(0, "palindrome")], path)
+    columns = pa.schema([field for field in SCHEMA if field.name != "extra_info"])
+    with pytest.raises(ValueError, match="rows of skill own are graded as 'palindrome', .* no text extra_info.meta"):
+        retention.cache("own", path, "id", 1, columns, tmp_path / "cache")
+
+
 # ---------------------------------------------------------------------------------------------------- grading
 
 
@@ -97,7 +125,6 @@ def test_the_columns_of_what_is_not_built_are_the_schemas(theirs: Path, tmp_path
 def own(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("rewards_of_test_retention")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    retention._function.cache_clear()
     return module
 
 

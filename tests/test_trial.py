@@ -1,10 +1,14 @@
 """Trying a user's reward function: what verl would lose or choke on is told before a run."""
 
+import sys
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
+from data_prep.functions import OURS, load
 from data_prep.schema import SCHEMA, make_row
-from data_prep.trial import OURS, TRIED, load_function, try_reward
+from data_prep.trial import TRIED, try_reward
 
 
 def table(*answers: str, data_source: str = "deepscaler") -> pa.Table:
@@ -36,7 +40,7 @@ def test_an_async_function_is_awaited():
 
 
 def test_our_own_reward_knows_the_answers_of_each_task():
-    ours = load_function(OURS)
+    ours = load(OURS)
     assert try_reward(ours, table("4", "x+1", '["a", "b"]')).right == 3
     assert try_reward(ours, table("abba", data_source="palindrome")).right == 1
     assert try_reward(ours, table("nus", data_source="skill/spell_backward")).right == 1
@@ -95,7 +99,7 @@ def test_what_verl_would_lose_or_choke_on_is_refused(function, text):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("no_such_module_here:f", "cannot import 'no_such_module_here' .* looked for in the current folder"),
+        ("no_such_module_here:f", "cannot import 'no_such_module_here' .* looked for in: .*, installed packages"),
         ("data_prep.rewards:skore", "'data_prep.rewards' has no function 'skore'"),
         ("data_prep.rewards", "has no function ''"),
         ("", "cannot import ''"),
@@ -103,10 +107,15 @@ def test_what_verl_would_lose_or_choke_on_is_refused(function, text):
 )
 def test_a_function_that_is_not_there_is_told(name, text):
     with pytest.raises(ValueError, match=text):
-        load_function(name)
+        load(name, Path.cwd())
 
 
-def test_a_function_beside_the_user_is_found(tmp_path, monkeypatch):
-    (tmp_path / "beside_the_user.py").write_text("def score(**kwargs): return 0.0\n")
+def test_a_function_beside_the_user_is_found_and_what_it_imports_when_it_is_called(tmp_path, monkeypatch):
+    (tmp_path / "beside_the_user.py").write_text(
+        "def score(**given):\n    import beside_that\n    return beside_that.ONE\n"
+    )
+    (tmp_path / "beside_that.py").write_text("ONE = 1.0\n")
     monkeypatch.chdir(tmp_path)
-    assert try_reward(load_function("beside_the_user:score"), table("4")).right == 0
+    path = list(sys.path)
+    assert try_reward(load("beside_the_user:score", Path.cwd()), table("4")).keys == ("score",)
+    assert sys.path == path
