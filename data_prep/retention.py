@@ -72,8 +72,8 @@ def _fill(target: Path, name: str, file: Path, prompts: int, columns: pa.Schema)
     made = [_renamed(row, PREFIX + name) for row in rows]
     if any(rewards.graded_as(one.get("extra_info")) for one in made) and not _has_meta(columns):
         raise ValueError(
-            f"{file}: rows of skill {name} are graded as {rows[0]['data_source']!r}, and the task's validation file has "
-            "no text extra_info.meta to say so in. Write it in the schema of data_prep/schema.py."
+            f"{file}: rows of skill {name} are graded as {rows[0]['data_source']!r}, and the task's validation file "
+            "has no text extra_info.meta to say so in. Write it in the schema of data_prep/schema.py."
         )
     try:
         table = pa.Table.from_pylist(made, schema=columns)
