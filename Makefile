@@ -31,10 +31,10 @@ lint: setup
 	@$(BIN)/python -m mypy
 
 bench: setup
-	@$(BIN)/python -m pytest tests/bench -q -s --timeout=3600
+	@KLREG_SLURM=1 $(BIN)/python -m pytest tests/bench tests/slurm/test_job_start.py -q -s -rs --timeout=3600
 
 slurm: setup
-	@KLREG_SLURM=1 $(BIN)/python -m pytest tests/slurm -q -rs
+	@KLREG_SLURM=1 $(BIN)/python -m pytest tests/slurm --ignore=tests/slurm/test_job_start.py -q -rs
 
 soak: setup
 	@KLREG_SLURM=1 KLREG_SOAK=$${KLREG_SOAK:-20} $(BIN)/python -m pytest tests/slurm/test_soak.py -q -s

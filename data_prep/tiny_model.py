@@ -288,14 +288,6 @@ def render_items(
     return ids, torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
 
 
-def joined(parts: Sequence[tuple[Tensor, Tensor]], pad: int) -> tuple[Tensor, Tensor]:
-    """Batches of ids and labels below each other, padded on the right to one width, (B, T) both."""
-    width = max(ids.shape[1] for ids, _ in parts)
-    fill = torch.nn.functional.pad
-    ids = torch.cat([fill(ids, (0, width - ids.shape[1]), value=pad) for ids, _ in parts])
-    return ids, torch.cat([fill(labels, (0, width - labels.shape[1]), value=IGNORED) for _, labels in parts])
-
-
 def train(
     model: Qwen2ForCausalLM,
     layout: Layout,
@@ -311,7 +303,7 @@ def train(
     model.train()
     for step in range(1, options.steps + 1):
         demonstrations = [(ids[step - 1], labels[step - 1]) for ids, labels in beside]
-        loss = answer_loss(model, *joined([draw_batch(rng, layout, options), *demonstrations], layout.pad))
+        loss = answer_loss(model, [draw_batch(rng, layout, options), *demonstrations])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -330,11 +322,18 @@ def learning_rate_factor(step: int, num_steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(num_steps - warmup, 1))
 
 
-def answer_loss(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean over supervised tokens of -log p [nats]; logits are made for those tokens only. (B, T), (B, T) -> ()."""
-    supervised = labels[:, 1:] != IGNORED
-    hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[supervised]), labels[:, 1:][supervised])
+def answer_loss(model: Qwen2ForCausalLM, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean over all parts' supervised tokens of -log p [nats]; logits are made for those tokens only.
+
+    Args:
+        parts: ids and labels of each, (B, T) both. Padding all to the longest would cost more than a pass for each.
+    """
+    hidden, targets = [], []
+    for ids, labels in parts:
+        supervised = labels[:, 1:] != IGNORED
+        hidden.append(model.model(input_ids=ids[:, :-1]).last_hidden_state[supervised])
+        targets.append(labels[:, 1:][supervised])
+    return torch.nn.functional.cross_entropy(model.lm_head(torch.cat(hidden)), torch.cat(targets))
 
 
 def measure(model: Qwen2ForCausalLM, layout: Layout, options: TinyModelOptions, num_samples: int = 8) -> Measurement:

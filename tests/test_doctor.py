@@ -358,7 +358,6 @@ def test_three_aggregations_change_no_direction(placement, estimator, aggregatio
 def test_what_is_followed_off_policy(placement, estimator, rest, follows):
     found = doctor.judge(placement, estimator, **rest)
     assert found.follows_off_policy == follows
-    assert found.level_off_policy == (None if follows == "none" else "token")
 
 
 def test_cosines_are_one_where_followed_and_absent_where_there_is_no_gradient():

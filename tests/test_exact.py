@@ -29,7 +29,6 @@ def test_the_divergences_by_hand():
 def test_the_shape_is_that_of_the_positions(direction):
     assert DIRECTIONS[direction](random_logits(2, 3, 5), random_logits(2, 3, 5, seed=2)).shape == (2, 3)
     assert exact.topk(random_logits(2, 3, 5), random_logits(2, 3, 5, seed=2), 2, direction).shape == (2, 3)
-    assert exact.entropy(random_logits(2, 3, 5)).shape == (2, 3)
 
 
 def test_the_gradients_by_hand():
@@ -47,12 +46,6 @@ def test_gradients_agree_with_finite_differences(direction, k):
     ref_logits = random_logits(4, 6, seed=2)
     divergence = DIRECTIONS[direction] if k is None else lambda *given: exact.topk(*given, k, direction)
     assert torch.autograd.gradcheck(lambda logits: divergence(logits, ref_logits), random_logits(4, 6).requires_grad_())
-
-
-def test_the_entropy_and_its_gradient():
-    assert exact.entropy(torch.zeros(8)).item() == pytest.approx(math.log(8))
-    assert exact.entropy(POLICY.log()).item() == pytest.approx(-sum(p * math.log(p) for p in (0.6, 0.3, 0.1)))
-    assert torch.autograd.gradcheck(exact.entropy, random_logits(4, 6).requires_grad_())
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -154,8 +147,6 @@ def test_tokens_that_nobody_can_produce_are_inert(direction, k):
     torch.testing.assert_close(found, expected)
     torch.autograd.backward([found, expected])
     torch.testing.assert_close(long.grad, torch.cat([short.grad, torch.zeros(2, dtype=torch.float64)]))
-    (gradient,) = torch.autograd.grad(exact.entropy(long), long)
-    assert gradient.isfinite().all() and gradient[3:].tolist() == [0, 0]
 
 
 def test_a_token_that_one_side_excludes():

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import math
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from verl_stack import FILES, FORWARD, REVERSE, compose, import_verl, need_stack
 
 from klreg_verl.core import advantages as core_advantages
 from klreg_verl.core.metrics import METRICS
+from klreg_verl.experiment.kl_settings import AlarmsSpec, ProbesSpec
 from klreg_verl.experiment.settings import KLSpec, TrainSpec
 from klreg_verl.verl_hooks import advantages, names, overrides
 
@@ -175,7 +177,7 @@ def test_verls_padding_rows_are_not_fetched(monkeypatch: pytest.MonkeyPatch):
 
     def get(keys: list[str], partition_id: str, select_fields: list[str]) -> Any:
         asked.update(keys=keys, partition=partition_id)
-        tensors = {name: nested([1.0, 1.0], [1.0]) for name in module._TENSORS}
+        tensors = {name: nested([1.0, 1.0], [1.0]) for name in (*module._PADDED, *module._LISTS)}
         objects = {"uid": ["u", "u"], "extra_fields": [{"reward_extra_info": {"acc": 1.0}}, {}]}
         return tu.get_tensordict(tensors | objects)
 
@@ -443,6 +445,48 @@ def test_kl_in_the_reward_needs_an_advantage_that_compares_siblings():
     with pytest.raises(ValueError, match=re.escape(text) + ".*or kl.placement=loss"):
         hook("trainer").prepare(config(**{"algorithm.adv_estimator": "gae"}), REVERSE)
     hook("trainer").prepare(config(**{"algorithm.adv_estimator": "gae"}), FORWARD)
+
+
+def test_kl_normalized_with_the_reward_needs_an_advantage_that_divides_by_the_std():
+    biased = dataclasses.replace(REVERSE, normalize_with_reward=True, allow_biased=True)
+    text = "kl.placement=reward and normalize_with_reward with algorithm.adv_estimator=rloo: KL is charged"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        hook("trainer").prepare(config(**{"algorithm.adv_estimator": "rloo"}), biased)
+    hook("trainer").prepare(config(**{"algorithm.adv_estimator": "grpo"}), biased)
+
+
+@pytest.mark.parametrize("own", [{"top_p": 0.9}, {"top_k": 20}], ids=str)
+def test_samples_that_are_cut_off_are_refused_in_a_plain_command(own: dict[str, Any]):
+    given = {f"actor_rollout_ref.rollout.{name}": value for name, value in own.items()}
+    with pytest.raises(ValueError, match="every KL estimate is biased by that. Use top_p=1 and top_k=-1."):
+        hook("trainer").prepare(config(**given), FORWARD)
+
+
+def test_a_sum_over_a_constant_without_its_constant_is_refused_in_a_plain_command():
+    kl = dataclasses.replace(FORWARD, aggregation="seq-mean-token-sum-norm")
+    with pytest.raises(ValueError, match="beta would mean something else in every micro-batch. Set it, e.g. to"):
+        hook("trainer").prepare(config(), kl)
+    hook("trainer").prepare(config(**{"actor_rollout_ref.actor.loss_scale_factor": 12}), kl)
+
+
+MICRO = {"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4}
+
+
+def test_the_exact_kl_is_measured_at_the_steps_asked_for_and_at_no_other(monkeypatch: pytest.MonkeyPatch):
+    trainer = hook("trainer")
+    made, sent = object.__new__(trainer.KLRegTrainer), []
+    made.block, made.kl = SimpleNamespace(probes=ProbesSpec(exact_every=3)), FORWARD
+    made.beta, made.watch, made.config = hook("beta").Beta(FORWARD), hook("watch").Watch(AlarmsSpec()), config(**MICRO)
+    made.actor_rollout_wg = SimpleNamespace(set_loss_fn=lambda loss: sent.append(loss.keywords["probe"]))
+    monkeypatch.setattr(trainer.exact, "with_logits", lambda loss, kl, probe: partial(loss, probe=probe))
+    monkeypatch.setattr(trainer.PPOTrainerSync, "on_step_begin", lambda self: None)
+    made.global_steps = 3  # resumed after a step that measured
+    made.send_loss()
+    measured = {}
+    for made.global_steps in range(4, 9):
+        made.on_step_begin()
+        measured[made.global_steps] = sent[-1]
+    assert measured == {4: False, 5: False, 6: True, 7: False, 8: False}
 
 
 def test_a_kl_block_that_follows_nothing_is_refused_in_a_plain_command_too(

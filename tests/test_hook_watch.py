@@ -53,3 +53,13 @@ def test_a_resumed_run_remembers_what_came_before():
     resumed.resume(falling)
     assert fresh.check(4, {"entropy/token": 0.6}) == {}
     assert resumed.check(4, {"entropy/token": 0.6}) == {"alarm/entropy_floor": 1.0}
+
+
+def test_a_run_that_an_alarm_ended_does_not_go_on_after_the_checkpoint_of_that_step():
+    beyond = [{"step": step, "kl_ref/k1_token": kl} for step, kl in ((1, 0.1), (2, 0.3))]
+    resumed, relaxed = watch(kl_above=0.2, stop=True), watch(kl_above=0.4, stop=True)
+    resumed.resume(beyond)
+    relaxed.resume(beyond)
+    with pytest.raises(RuntimeError, match="kl_above: .*0.3.* relax the recipe's alarms"):
+        resumed.end_if_asked()
+    relaxed.end_if_asked()

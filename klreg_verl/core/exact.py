@@ -68,13 +68,6 @@ def topk(logits: Tensor, ref_logits: Tensor, k: int, direction: Direction) -> Te
     return _FULL[direction](policy, reference)
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) at each position, (..., V) -> (...) in nats, between 0 and log V."""
-    logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-    # 0 log 0 = 0, and its gradient too: -inf must not enter the product
-    return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(dim=-1)
-
-
 class _Reverse(torch.autograd.Function):
     """KL(softmax(logits) || softmax(ref_logits)); autograd would keep more tensors and make NaN of 0 * log 0."""
 

@@ -54,7 +54,11 @@ _ROWS = (
         "nats/response",
         "forward KL of whole responses: mean of log pi_ref - log pi over the update's reference_samples",
     ),
-    ("kl_ref/exact_token", "nats/token", "reverse KL over the whole vocabulary, mean over all tokens (when asked for)"),
+    (
+        "kl_ref/exact_token",
+        "nats/token",
+        "reverse KL over the whole vocabulary, mean over tokens and the update's mini-batches (when asked for)",
+    ),
     ("kl_ref/p99", "nats", "99th percentile over tokens of the signed log-ratio d = log pi - log pi_ref"),
     ("kl_ref/max", "nats", "largest d of any token"),
     ("kl_ref/top1pct_share", "fraction", "share of the summed k3 in the 1 % of tokens where it is largest"),

@@ -40,6 +40,7 @@ def explain(setting: KLSetting, advantage: str, updates_per_batch: int, policy_a
     sentences = (
         _opening(setting, judgement),
         judgement.sequence_note,
+        _about_error(judgement),
         _about_cap(rule, judgement),
         _about_updates(rule, judgement, updates_per_batch),
         _about_beta(rule, advantage, policy_aggregation),
@@ -110,6 +111,12 @@ def _details(judgement: Judgement) -> str:
     if judgement.correction != "none":
         parts.append(f"correction {judgement.correction}")
     return f" ({', '.join(parts)})" if parts else ""
+
+
+def _about_error(judgement: Judgement) -> str:
+    if judgement.verdict != "biased" or judgement.relative_error is None:
+        return ""
+    return f"Its gradient's relative error is {judgement.relative_error:.2g} at worst on the doctor's policies."
 
 
 def _about_cap(rule: Rule, judgement: Judgement) -> str:

@@ -13,16 +13,9 @@ HEAD = (
 
 
 def overview(rows: list[Row]) -> list[str]:
-    """The usual settings of each estimator and placement, and what spoils all of them."""
-    usual = [
-        row
-        for row in rows
-        if row["aggregation"] in (None, AGGREGATIONS[0])
-        and row["normalization"] == "none"
-        and (row["placement"] != "both" or (row["credit"] == "sequence" and row["correction"] == "none"))
-    ]
+    """A line for each row (the usual settings: `table(only_usual=True)`), and what spoils all of them."""
     return [
-        *_columns(map(_cells, usual)),
+        *_columns(map(_cells, rows)),
         "",
         "Aggregation token-mean; seq-mean-token-sum and seq-mean-token-sum-norm are the same. With seq-mean-token-mean",
         "and with GRPO's division by the std over KL-penalized rewards no estimator follows a divergence.",

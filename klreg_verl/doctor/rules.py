@@ -88,9 +88,10 @@ class Rule:
 
     @property
     def is_usual(self) -> bool:
-        """One of those that an overview shows: the first aggregation, outside the std, both halves as they belong."""
+        """One of those that an overview shows: the first or only aggregation, outside the std, halves as they belong."""
         halves = self.placement != "both" or (self.credit == "sequence" and self.correction == "none")
-        return halves and self.normalization == "none" and self.aggregation == AGGREGATIONS[0]
+        aggregation = self.is_drawn or self.aggregation == AGGREGATIONS[0]
+        return halves and self.normalization == "none" and aggregation
 
     @property
     def of_policy(self) -> str:

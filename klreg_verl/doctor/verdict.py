@@ -45,8 +45,6 @@ class Judgement:
     """Whether cosines (and `follows`) are about whole responses or single tokens on the policy's own prefixes."""
     follows_off_policy: str
     """The same with samples of an older policy."""
-    level_off_policy: Level | None
-    """Whole responses, or single tokens on the older policy's prefixes; None where nothing is followed."""
     cosine_reverse: float | None
     """To the gradient of KL(pi || pi_ref); None where the setting has no gradient."""
     cosine_forward: float | None
@@ -91,7 +89,6 @@ def judge_rule(subject: Subject, rule: Rule) -> Judgement:
         follows=found.followed.name if found.followed is not None else "none",
         level=level,
         follows_off_policy=found.follows_off_policy,
-        level_off_policy=found.off_policy.level if found.off_policy and found.follows_off_policy != "none" else None,
         cosine_reverse=lowest["reverse"],
         cosine_forward=lowest["forward"],
         relative_error=_relative_error(found, compared),
@@ -161,7 +158,6 @@ def _without_kl(placement: str, estimator: str | None) -> Judgement:
         follows="none",
         level="sequence",
         follows_off_policy="none",
-        level_off_policy=None,
         cosine_reverse=None,
         cosine_forward=None,
         relative_error=None,

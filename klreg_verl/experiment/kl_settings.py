@@ -167,7 +167,8 @@ class KLSpec:
     aggregation: Aggregation | None = None
     """Of the KL in the loss; null: as the policy loss."""
     cap: float | None = None
-    """|log-ratio| above which a token's estimate stays and its gradient is 0 [nats]; null: no cap."""
+    """|log-ratio| [nats] beyond which a token has no gradient in the loss, and is charged as at the cap in the reward;
+    null: no cap."""
     top_k: int | None = None
     """Of topk_reverse and topk_forward: tokens kept apart, the rest is one bucket; null: 64."""
     shaping: ShapingSpec = ShapingSpec()

@@ -53,7 +53,7 @@ class Moment:
             temperature=train.temperature,
             advantage=train.advantage,
             aggregation=train.policy_aggregation,
-            scale_factor=train.loss_scale_factor,
+            scale_factor=train.max_response_tokens,
         )
 
     def own_setting(self) -> list[Setting]:

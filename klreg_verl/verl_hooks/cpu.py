@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import sys
-import time
 from types import ModuleType
 from typing import Any
 
@@ -50,7 +49,6 @@ def activate_vllm() -> None:
     """Make vLLM alone run on this CPU, and let it load other weights in place; must run before vLLM is imported."""
     _answer_for_vllm()
     after_import("vllm.model_executor.layers.utils", _keep_linear_weights)
-    after_import("vllm.distributed.device_communicators.shm_broadcast", _never_spin)
 
 
 class _VllmDistribution(importlib.metadata.Distribution):
@@ -222,22 +220,3 @@ def _keep_linear_weights(module: ModuleType) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     module.dispatch_cpu_unquantized_gemm = plain_linear
-
-
-def _never_spin(module: ModuleType) -> None:
-    """vLLM's worker spins for a second after each message, on a core that the rest of the step needs: it naps. (vLLM.)
-
-    Going straight to its idle wait would be no good: a notification can be lost there, and it looks again after 5 s.
-    """
-    condition = module.SpinCondition
-    original = condition.wait
-
-    def wait(self, timeout_ms=None):
-        if time.monotonic() <= self.last_read + self.busy_loop_s:
-            return time.sleep(NAP_SECONDS)
-        return original(self, timeout_ms)
-
-    condition.wait = wait
-
-
-NAP_SECONDS = 0.0005

@@ -1,4 +1,4 @@
-"""verl's names <-> ours. verl's own field names appear in this file only.
+"""verl's names <-> ours. verl's field names that more than one module reads are here.
 
 TESTED names the versions that the hooks were run with; tests/test_verl_contract.py checks every symbol we touch.
 """

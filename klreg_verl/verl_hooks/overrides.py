@@ -162,6 +162,7 @@ def _rollout(spec: RunSpec) -> Settings:
         f"{ROLLOUT}.n": train.responses_per_prompt,
         f"{ROLLOUT}.temperature": train.temperature,
         f"{ROLLOUT}.top_p": train.top_p,
+        f"{ROLLOUT}.top_k": -1,
         f"{ROLLOUT}.tensor_model_parallel_size": spec.resources.tensor_parallel,
         f"{ROLLOUT}.max_model_len": train.max_prompt_tokens + train.max_response_tokens,
         f"{ROLLOUT}.seed": spec.seed,
@@ -224,7 +225,13 @@ def _cpu(spec: RunSpec) -> Settings:
         f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes": 64,
         "reward.num_workers": 1,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+        **(_ONE_PROCESS if spec.resources.tensor_parallel == 1 else {}),
     }
+
+
+_UNI = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # by its path: on a CPU vLLM takes "uni" for "mp"
+_ONE_PROCESS = {f"{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": _UNI}
+"""vLLM's scheduler and its only worker in one process: seconds less of imports, and no messages between the two."""
 
 
 def _passthrough(block: Mapping[str, Any], ours: Settings) -> Settings:

@@ -13,7 +13,7 @@ from transfer_queue import KVBatchMeta
 from klreg_verl.verl_hooks import names
 from klreg_verl.verl_hooks.advantages import group_ids
 
-_TENSORS = (
+_PADDED = (
     names.RESPONSE_MASK,
     names.OLD_LOGPROBS,
     names.REF_LOGPROBS,
@@ -21,9 +21,8 @@ _TENSORS = (
     names.ENTROPY,
     names.TOKEN_REWARDS,
     names.ADVANTAGES,
-    names.PROMPTS,
-    names.RESPONSES,
 )
+_LISTS = (names.PROMPTS, names.RESPONSES)
 _OBJECTS = (names.GROUP, names.DATA_SOURCE, names.EXTRA_INFO, names.EXTRA_FIELDS)
 
 
@@ -73,8 +72,8 @@ def real_keys(batch: KVBatchMeta) -> list[str]:
 def fetch(batch: KVBatchMeta) -> Rows:
     """Read one batch back from the TransferQueue."""
     keys = real_keys(batch)
-    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=[*_TENSORS, *_OBJECTS])
-    padded = {name: torch.nested.to_padded_tensor(data[name], 0.0) for name in _TENSORS[:7]}
+    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=[*_PADDED, *_LISTS, *_OBJECTS])
+    padded = {name: torch.nested.to_padded_tensor(data[name], 0.0) for name in _PADDED}
     extra_fields = _objects(data, names.EXTRA_FIELDS, len(keys))
     return Rows(
         response_mask=padded[names.RESPONSE_MASK].bool(),

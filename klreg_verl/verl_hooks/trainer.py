@@ -61,6 +61,7 @@ class KLRegTrainer(PPOTrainerSync):
     """verl's "sync" trainer under one KL block (KLREG_KL), writing to one run folder (KLREG_RUN, optional)."""
 
     probed = False
+    """Whether the loss that the workers have measures the exact KL."""
 
     def __init__(self, config: DictConfig) -> None:
         self.block = load_kl(os.environ[KL_VARIABLE])
@@ -93,6 +94,7 @@ class KLRegTrainer(PPOTrainerSync):
 
     def send_loss(self) -> None:
         """Ship the actor's loss to every worker (milliseconds)."""
+        self.probed = self.probing
         actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
         object.__setattr__(actor, "use_kl_loss", False)  # ours is the only KL term, and NaN * 0 is not 0
         loss = partial(actor_loss, config=actor, kl=self.kl, beta=self.beta.now)
@@ -116,8 +118,8 @@ class KLRegTrainer(PPOTrainerSync):
         """The beta that the controller chose after the last update; in the loss it is shipped again."""
         self.watch.end_if_asked()
         super().on_step_begin()
-        moved, probed, self.probed = self.beta.begin_step(), self.probed, self.probing
-        if (moved and self.kl.in_loss) or probed != self.probing:
+        moved = self.beta.begin_step()
+        if (moved and self.kl.in_loss) or self.probed != self.probing:
             self.send_loss()
 
     def _balance_batch(self, batch: KVBatchMeta, *args: Any, **kwargs: Any) -> KVBatchMeta:
@@ -214,12 +216,18 @@ class KLRegTrainer(PPOTrainerSync):
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         if self.global_steps:
-            self.beta.load(self._checkpoint_folder())
-            worker.restore(self.actor_rollout_wg, self.block.reference, self._checkpoint_folder())
+            folder = self._loaded_folder()
+            self.beta.load(folder)
+            worker.restore(self.actor_rollout_wg, self.block.reference, folder)
             self.config.trainer.val_before_train = False  # that line was written by the attempt that started at 0
         if self.recorder is not None:
             self.recorder.resume_at(self.global_steps)
             self.watch.resume(self.recorder.folder.read_metrics())
+
+    def _loaded_folder(self) -> Path:
+        """Where verl has just read the weights from."""
+        trainer = self.config.trainer
+        return Path(trainer.resume_from_path) if trainer.resume_mode == "resume_path" else self._checkpoint_folder()
 
     def _checkpoint_folder(self) -> Path:
         return checkpoints.step_folder(Path(self.config.trainer.default_local_dir), self.global_steps)
@@ -229,20 +237,18 @@ def prepare(config: DictConfig, kl: KLSpec) -> None:
     """Complete verl's settings with what every arm needs, and refuse what would work against the KL block.
 
     Raises:
-        ValueError: verl's own KL is on, or the advantage estimator cannot carry KL in the reward.
+        ValueError: verl's own KL is on, the advantage estimator cannot carry KL in the reward, the samples would not be
+            the policy's own, or beta would mean something else in every micro-batch.
     """
     actor, ref, rollout = (config.actor_rollout_ref[part] for part in ("actor", "ref", "rollout"))
+    _check_sampling(rollout)
+    _check_aggregation(actor, kl, config.data.max_response_length)
     if config.algorithm.use_kl_in_reward or (actor.use_kl_loss and actor.kl_loss_coef != 0):
         raise ValueError(
             "verl's own KL is on (algorithm.use_kl_in_reward, or actor.use_kl_loss with a coefficient) beside a "
             f"{KL_VARIABLE} block: two KL terms would be followed. Switch verl's off, or unset {KL_VARIABLE}."
         )
-    if kl.in_reward and config.algorithm.adv_estimator not in REWARD_CARRIERS:
-        given = f"kl.placement={kl.placement} with algorithm.adv_estimator={config.algorithm.adv_estimator}"
-        raise ValueError(
-            f"{given}: KL is charged against a group's other responses. Use one of {sorted(REWARD_CARRIERS)}, or "
-            "kl.placement=loss."
-        )
+    _check_advantage(str(config.algorithm.adv_estimator), kl)
     with open_dict(config):
         actor.use_kl_loss, actor.kl_loss_coef = True, 0.0  # verl loads the reference only so; our loss skips its term
         rollout.calculate_log_probs = True  # the mismatch between sampler and trainer is measured in every arm
@@ -252,6 +258,35 @@ def prepare(config: DictConfig, kl: KLSpec) -> None:
             rollout.agent.agent_loop_manager_class = sampling.MANAGER
             rollout.agent.agent_loop_config_path = str(sampling.AGENT_CONFIG)
             rollout.agent.default_agent_loop = sampling.AGENT_NAME
+
+
+def _check_advantage(estimator: str, kl: KLSpec) -> None:
+    """KL in the reward needs a group, and to be normalized with the reward a group whose std divides."""
+    carriers = {name for name in REWARD_CARRIERS if "grpo" in name} if kl.normalize_with_reward else REWARD_CARRIERS
+    if kl.in_reward and estimator not in carriers:
+        within = " and normalize_with_reward" * kl.normalize_with_reward
+        raise ValueError(
+            f"kl.placement={kl.placement}{within} with algorithm.adv_estimator={estimator}: KL is charged against a "
+            f"group's other responses. Use one of {sorted(carriers)}, or kl.placement=loss."
+        )
+
+
+def _check_sampling(rollout: DictConfig) -> None:
+    """Every estimate of a KL is over the policy's own samples, and these are cut off."""
+    if rollout.top_p != 1 or rollout.top_k not in (-1, 0):
+        raise ValueError(
+            f"actor_rollout_ref.rollout.top_p={rollout.top_p} and top_k={rollout.top_k}: the samples are not the "
+            "policy's own, and every KL estimate is biased by that. Use top_p=1 and top_k=-1."
+        )
+
+
+def _check_aggregation(actor: DictConfig, kl: KLSpec, longest: int) -> None:
+    """Without its constant verl divides by the padded width of each micro-batch."""
+    if kl.aggregation == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
+        raise ValueError(
+            f"kl.aggregation={kl.aggregation} without actor_rollout_ref.actor.loss_scale_factor: beta would mean "
+            f"something else in every micro-batch. Set it, e.g. to data.max_response_length={longest}."
+        )
 
 
 def _is_verls_own_loop(rollout: DictConfig) -> bool:

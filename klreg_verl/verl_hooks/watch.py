@@ -24,8 +24,9 @@ class Watch:
         self.fired: tuple[alarms.Alarm, ...] = ()
 
     def resume(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Start from the lines that earlier attempts left."""
+        """Start from the lines that earlier attempts left; an alarm on the last of them still stands."""
         self.history = list(lines)
+        self.fired = alarms.check(self.alarms, self.history)
 
     def begin(self, metrics: Mapping[str, Any]) -> None:
         """What the starting model could do: retention_drop is measured against it."""
@@ -47,4 +48,6 @@ class Watch:
         """
         if self.stop and self.fired:
             said = " ".join(f"{alarm.name}: {alarm.message}" for alarm in self.fired)
-            raise AlarmRaised(f"alarms.stop is true, and an alarm was raised. {said}")
+            raise AlarmRaised(
+                f"alarms.stop is true, and an alarm was raised. {said} To go on anyway, relax the recipe's alarms."
+            )
