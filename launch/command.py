@@ -181,7 +181,7 @@ def smoke_command(
     if dry_run:
         _show(job, root / "smoke")
         return
-    slurm.prepare(job.specs, root, typer.echo)
+    slurm.prepare(job.specs, job.profile, root, typer.echo)
     submitted = slurm.submit(job, root / "smoke")
     _tell(submitted, job)
     smoke.wait(submitted, typer.echo)
@@ -232,7 +232,7 @@ def _submit(specs: list[RunSpec], profile: Profile, root: Path, dry_run: bool) -
         for job in jobs:
             _show(job, recipe_dir)
         return
-    slurm.prepare(choice.missing, root, typer.echo)
+    slurm.prepare(choice.missing, profile, root, typer.echo)
     for job in jobs:
         _tell(slurm.submit(job, recipe_dir), job)
 
@@ -284,7 +284,7 @@ def _job_log(spec: RunSpec, root: Path) -> Path:
     from launch.job_folder import submissions
 
     found = [
-        one.folder / "logs" / f"{task}.log"
+        one.log(task)
         for one in submissions(root / spec.recipe)
         for task, runs in enumerate(one.runs)
         if spec.run_id in runs

@@ -173,8 +173,8 @@ def _is_alive(process: psutil.Process) -> bool:
 class Guardian:
     """One node's Ray, and on the head one run at a time on it."""
 
-    def __init__(self, gpus: int | None, object_store_bytes: int | None, place: Place | None = None) -> None:
-        self.place = place or Place(gpus=gpus, object_store_bytes=object_store_bytes)
+    def __init__(self, place: Place) -> None:
+        self.place = place
         self.folder = Path(tempfile.mkdtemp(prefix="klreg-", dir=self.place.scratch))
         self.environment = os.environ | session_environment(self.folder, self.place.token)
         self.driver: subprocess.Popen[bytes] | None = None
@@ -434,7 +434,12 @@ def main() -> None:
     parser.add_argument("place", type=json.loads, help="the fields of Place, as JSON")
     place = parser.parse_args().place
     ports = place.get("ports")
-    hold(Guardian(None, None, Place(**place | {"ports": ports and tuple(ports)})), _serve_ray)
+    try:
+        guardian = Guardian(Place(**place | {"ports": ports and tuple(ports)}))
+    except OSError as error:
+        say(failed=f"no folder can be made in {place['scratch']}: {error.strerror}")
+        return
+    hold(guardian, _serve_ray)
 
 
 if __name__ == "__main__":

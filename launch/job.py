@@ -5,11 +5,10 @@
     signals       USR1, or the time limit coming near: ask the runner to save and stop
     end           the runner's exit code is the job's; 75, 76 and 85 requeue it first
 
-Standard library only, and run by its path with `python -I`: it works outside the container, with the system's Python.
+Standard library only, and run by its path with `python -I`: it works outside the container, with the system's Python,
+3.6 or newer.
 Nobody calls `ray stop` here, which would end the Ray of any other job of this user on the node; Slurm ends the steps.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -23,11 +22,14 @@ from pathlib import Path
 DONE, FAILED, NOT_FORMED, LOST, STOPPED = 0, 1, 75, 76, 85
 RESUMABLE = (NOT_FORMED, LOST, STOPPED)
 LOOK_SECONDS = 0.2
-LAST_SECONDS = 30
-"""Before the time limit whatever still runs is ended, so that the job is requeued and not TIMEOUT."""
+LAST_SECONDS = 90
+"""Before the time limit whatever still runs is ended, so that the job is requeued and not TIMEOUT; of a short notice,
+half."""
 PATIENCE_SECONDS = 30
 """For a runner that has been told to end, or whose other nodes are gone."""
 COMMAND_SECONDS = 60
+MOST_IDLE_STARTS = 3
+"""Starts in a row that come to no attempt at a run: what ends them is not the run, and would go on."""
 
 
 class Task:
@@ -46,6 +48,7 @@ class Task:
         self.number = self.new_attempt()
         self.attempt = self.place / str(self.number)
         self.end_time = end_time()
+        self.notice = self.job["profile"]["notice_seconds"]
 
     def new_attempt(self):
         """Make the next attempt's folder and declare it the one that counts."""
@@ -69,8 +72,7 @@ class Task:
             others = self.bring_others(runner, nodes)
             return self.watch(runner, others)
         finally:
-            for step in (runner, others):
-                end_step(step)
+            end_steps([step for step in (runner, others) if step is not None])
 
     def bring_others(self, runner, nodes):
         """Start the other nodes' step once the head waits for them."""
@@ -110,7 +112,7 @@ class Task:
                 return exit_code(code)
             self.look()
             now = time.time()
-            if self.end_time is not None and now > self.end_time - LAST_SECONDS:
+            if self.end_time is not None and now > self.end_time - min(LAST_SECONDS, self.notice / 2):
                 say("the time limit is here and the run has not stopped: ending it, the last checkpoint counts")
                 return STOPPED
             if not self.is_current():
@@ -127,7 +129,7 @@ class Task:
     def look(self):
         """Ask the runner to stop when a signal or the time limit says so."""
         if not self.asked and self.end_time is not None:
-            if time.time() > self.end_time - self.job["profile"]["notice_seconds"]:
+            if time.time() > self.end_time - self.notice:
                 self.asked = "the time limit is near"
         if self.asked and not (self.attempt / "stop").exists():
             say(f"{self.asked}: asking the run to save and stop")
@@ -152,14 +154,32 @@ class Task:
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)) >= self.job["profile"]["requeues"]:
             say("not requeued: the profile's limit of requeues is reached; `klreg submit` goes on")
             return
+        if self.idle_starts(code) >= MOST_IDLE_STARTS:
+            why = self.reason() or "its lines above say why"
+            say(f"not requeued: {MOST_IDLE_STARTS} starts in a row made no attempt at a run: {why}")
+            return
         name = os.environ.get("SLURM_ARRAY_JOB_ID", "")
         name = name + "_" + str(self.index) if name else os.environ["SLURM_JOB_ID"]
-        say(f"exit code {code}: requeueing {name}")
+        say(f"requeueing {name}")
         done = subprocess.run(["scontrol", "requeue", name], timeout=COMMAND_SECONDS, check=False)
         if done.returncode:
             say("scontrol refused to requeue; `klreg submit` goes on where this attempt ended")
             return
         time.sleep(PATIENCE_SECONDS)
+
+    def idle_starts(self, code):
+        """How many starts in a row, up to this one, ended by themselves before any run began."""
+        if code != STOPPED and not (self.attempt / "began").exists():
+            replace_file(self.attempt / "idle", str(code))
+        count = 0
+        while (self.place / str(self.number - count) / "idle").exists():
+            count += 1
+        return count
+
+    def reason(self):
+        """Why the runner ended, in its own words."""
+        path = self.attempt / "reason"
+        return " ".join(path.read_text().split()) if path.exists() else ""
 
     def left(self):
         if self.end_time is None:
@@ -186,7 +206,7 @@ def end_time():
         return float(os.environ["SLURM_JOB_END_TIME"])
     text = output(["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%e"]).strip()
     try:
-        return datetime.fromisoformat(text).timestamp()
+        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S").timestamp()
     except ValueError:
         return None
 
@@ -196,16 +216,18 @@ def output(command):
     return done.stdout.decode()
 
 
-def end_step(step):
+def end_steps(steps):
     """srun hands SIGTERM on; a step that ignores it is ended by Slurm with the job."""
-    if step is None or step.poll() is not None:
-        return
-    step.terminate()
-    try:
-        step.wait(PATIENCE_SECONDS)
-    except subprocess.TimeoutExpired:
-        step.kill()
-        step.wait()
+    alive = [step for step in steps if step.poll() is None]
+    for step in alive:
+        step.terminate()
+    deadline = time.time() + PATIENCE_SECONDS
+    for step in alive:
+        try:
+            step.wait(max(0.0, deadline - time.time()))
+        except subprocess.TimeoutExpired:
+            step.kill()
+            step.wait()
 
 
 def replace_file(path, text):
@@ -224,7 +246,8 @@ def main():
     """Entry point: the submission's folder."""
     task = Task(sys.argv[1])
     code = task.run()
-    say(f"exit code {code}")
+    why = task.reason()
+    say(f"exit code {code}" + (f": {why}" if why else ""))
     task.requeue(code)
     sys.exit(code)
 

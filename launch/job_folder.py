@@ -2,10 +2,11 @@
 
 job.json         platform, profile, command lines, and the runs of each task of the array, resolved
 job.sbatch       the script
-submitted.json   job id, user, cluster, time; absent where sbatch refused
+submitted.json   job id and the runs of each task; absent where sbatch refused
 logs/<task>.log  what the tasks print, all their attempts
 tasks/<task>/current     the attempt that counts; an older one that still lives ends itself
-tasks/<task>/<attempt>/  invitation, token, stop request of one start of the job
+tasks/<task>/<attempt>/  invitation, token, stop request of one start of the job; began, once a run has; idle, if the
+                         start ended by itself before that; reason, why its runner ended
 """
 
 from __future__ import annotations
@@ -91,13 +92,16 @@ class Submitted:
 
     folder: Path
     job_id: int
-    time: float
     runs: tuple[tuple[str, ...], ...]
     """Run ids of each task."""
 
     def element(self, task: int) -> str:
         """Slurm's name of a task."""
         return f"{self.job_id}_{task}"
+
+    def log(self, task: int) -> Path:
+        """What a task prints."""
+        return self.folder / "logs" / f"{task}.log"
 
 
 def submissions(recipe_dir: Path) -> list[Submitted]:
@@ -109,7 +113,7 @@ def submissions(recipe_dir: Path) -> list[Submitted]:
 def _submitted(path: Path) -> Submitted:
     values: dict[str, Any] = json.loads(path.read_text())
     runs = tuple(tuple(task) for task in values["runs"])
-    return Submitted(folder=path.parent, job_id=values["job_id"], time=values["time"], runs=runs)
+    return Submitted(folder=path.parent, job_id=values["job_id"], runs=runs)
 
 
 def new_folder(recipe_dir: Path) -> Path:

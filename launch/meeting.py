@@ -153,10 +153,12 @@ def _say(connection: socket.socket, values: dict[str, Any]) -> None:
 
 
 def message(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
-    """The head's next message; None if it is gone, or nothing comes in time."""
+    """The head's next message; None if it is gone. Raises TimeoutError if nothing comes in time."""
     connection.settimeout(seconds)
     try:
         line = _line(connection)
+    except TimeoutError:
+        raise
     except OSError:
         return None
     return json.loads(line) if line else None

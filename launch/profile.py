@@ -137,6 +137,7 @@ class Profile:
         _at_least("notice_seconds", self.notice_seconds, 10)
         _at_least("form_seconds", self.form_seconds, 10)
         self._check_time()
+        self._check_ports()
         self._check_paths()
         self._check_commands()
 
@@ -150,6 +151,12 @@ class Profile:
                 "notice_seconds",
                 f"{self.notice_seconds} s before the limit of {self.time} leave no minute to work. Lengthen time.",
             )
+
+    def _check_ports(self) -> None:
+        """Ray takes one a slot for its workers and seven of its own, the meeting of the nodes one."""
+        needed = self.cpus_per_node + 8
+        if self.ports is not None and self.ports.last - self.ports.first + 1 < needed:
+            raise FieldError("ports", f"{self.cpus_per_node} CPUs a node need at least {needed} ports. Give more.")
 
     def _check_paths(self) -> None:
         for name, paths in (("shared", self.shared), ("scratch", (self.scratch,)), ("venv", (self.venv or "/",))):

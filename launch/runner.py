@@ -12,13 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, RunLocked
-from launch import budget, inputs, local
+from launch import budget, inputs, local, preflight
 from launch.display import PlainDisplay
 from launch.guardian import new_token
 from launch.job import DONE, FAILED, LOST, NOT_FORMED, STOPPED, say
@@ -53,7 +53,7 @@ class Superseded(Interrupted):
 class Watched:
     """A session that also watches the other nodes, the request to stop, the newest attempt, and a run that stalls."""
 
-    def __init__(self, session: Session, attempt: Path, nodes: Meeting, stall_seconds: float) -> None:
+    def __init__(self, session: Session, attempt: Path, nodes: Meeting | None, stall_seconds: float) -> None:
         self.session, self.attempt, self.nodes, self.stall_seconds = session, attempt, nodes, stall_seconds
         self.run: RunFolder | None = None
         self.log = Path()
@@ -64,6 +64,7 @@ class Watched:
         """Start a run's driver."""
         self.run, self.log = RunFolder(environment["KLREG_RUN"]), log
         self.moved, self.size = time.monotonic(), -1
+        (self.attempt / "began").touch()
         self.session.start(argv, environment, log)
 
     def wait(self, seconds: float) -> End | None:
@@ -85,8 +86,8 @@ class Watched:
         """Raise NodeLost if the driver's error comes from one."""
         if end.lost and end.lost.startswith("Ray's"):
             raise NodeLost(end.lost)
-        deadline = time.monotonic() + DEATH_SECONDS * bool(self.nodes.others)
-        while time.monotonic() < deadline and not self.nodes.lost():
+        deadline = time.monotonic() + DEATH_SECONDS
+        while self.nodes and time.monotonic() < deadline and not self.nodes.lost():
             time.sleep(0.1)
         self.look_at_nodes()
 
@@ -101,7 +102,7 @@ class Watched:
         self.look_at_progress()
 
     def look_at_nodes(self) -> None:
-        if lost := self.nodes.lost():
+        if self.nodes and (lost := self.nodes.lost()):
             raise NodeLost(f"node {lost} was lost")
 
     def look_at_progress(self) -> None:
@@ -128,17 +129,23 @@ def main() -> int:
     clean_environment(attempt)
     new_token(attempt)
     display = PlainDisplay(len(specs))
+
+    def tell(code: int, text: str) -> int:
+        say(text)
+        (attempt / "reason").write_text(text)
+        return code
+
     try:
         with local.stop_signals():
             code = run_all(job, specs, attempt, display)
     except NotMet as error:
-        return _tell(NOT_FORMED, f"the nodes of the job did not come together: {error}")
+        return tell(NOT_FORMED, f"the nodes of the job did not come together: {error}")
     except Interrupted as stop:
-        return _tell(LOST, stop.reason)
+        return tell(LOST, stop.reason)
     except (RunLocked, ValueError, OSError) as error:
-        return _tell(FAILED, str(error))
+        return tell(FAILED, str(error))
     except RuntimeError as error:
-        return _tell(LOST, str(error))
+        return tell(LOST, str(error))
     report_if_last(job, folder)
     return code
 
@@ -153,6 +160,9 @@ def run_all(job: Job, specs: tuple[RunSpec, ...], attempt: Path, display: PlainD
     files = {spec.run_id: inputs.prepare(spec, root, display.note) for spec in waiting}
     if not waiting:
         return DONE
+    if job.profile.platform == "cuda":
+        for finding in preflight.check_gpus(waiting, root):
+            say(f"{finding.what}: {finding.detail}")
     with cluster(job, waiting[0], attempt) as session:
         if job.probe:
             probe(job, waiting[0], session.session.address, files[waiting[0].run_id].model, attempt)
@@ -226,23 +236,22 @@ def cluster(job: Job, spec: RunSpec, attempt: Path) -> Iterator[Watched]:
     profile, others = job.profile, spec.resources.nodes - 1
     gpus = spec.resources.gpus_per_node
     place = place_of(profile, gpus, attempt)
-    with Meeting(others, profile.interface, place.ports) as nodes:
-        if others:
+    with Meeting(others, profile.interface, place.ports) if others else nullcontext() as nodes:
+        if nodes:
             nodes.invite(attempt)
             place = replace(place, ip=nodes.gather(profile.form_seconds))
         environment = local.session_environment(spec, profile.platform)
         with ray_session(None, None, environment, place) as session:
-            added = {name: value for name, value in environment.items() if os.environ.get(name) != value}
-            nodes.send({"head": session.address, "gpus": gpus, "environment": added})
-            wait_for_nodes(session.address, others + 1, nodes, profile.form_seconds)
+            if nodes:
+                added = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+                nodes.send({"head": session.address, "gpus": gpus, "environment": added})
+                wait_for_nodes(session.address, others + 1, nodes, profile.form_seconds)
             say(f"Ray is up on {others + 1} node(s) at {session.address}")
             yield Watched(session, attempt, nodes, 60 * profile.stall_minutes)
 
 
 def wait_for_nodes(address: str, wanted: int, nodes: Meeting, seconds: float) -> None:
     """Until Ray counts all nodes. Raises NotMet."""
-    if wanted == 1:
-        return
     from ray._raylet import GcsClient
 
     client = GcsClient(address=address)
@@ -269,11 +278,6 @@ def report_if_last(job: Job, folder: Path) -> None:
         command = [sys.executable, "-P", "-m", "klreg_verl.cli", "report", str(Path(job.runs_dir) / job.recipe)]
         if subprocess.run(command, env=os.environ | {"COLUMNS": "120"}).returncode:
             say("the report could not be written; `klreg report` says why")
-
-
-def _tell(code: int, text: str) -> int:
-    say(text)
-    return code
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ Slurm is asked through its own commands, each with a limit of time: a controller
 
 from __future__ import annotations
 
-import getpass
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,17 +194,47 @@ def choose(specs: Sequence[RunSpec], runs_dir: Path, queued: Iterable[str]) -> C
     return Choice(**{mode: tuple(runs) for mode, runs in of.items()})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task of a submission."""
+
+    name: str
+    log: Path
+    element: Element | None
+    """None: Slurm has forgotten it, so it is over."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether Slurm will go on with it."""
+        return self.element is not None and self.element.is_live
+
+    def ended(self) -> str:
+        """How it ended, in words: its state, exit code, and the last line of its log."""
+        state = self.element.state if self.element else "over"
+        code = self.element.exit_code.partition(":")[0] if self.element else ""
+        last = self.log.read_text(errors="replace").strip().splitlines()[-1:] if self.log.is_file() else []
+        return f"job {self.name} {state}{f' (exit code {code})' if code else ''}" + "".join(
+            f": {line}" for line in last
+        )
+
+
+def tasks(recipe_dir: Path) -> dict[str, Task]:
+    """Run ids -> the task that will do it, else the newest that had it. Empty where Slurm is not here."""
+    if shutil.which("squeue") is None:
+        return {}
+    submitted = submissions(recipe_dir)
+    known = elements(submitted)
+    found: dict[str, Task] = {}
+    for one in submitted:
+        for number, runs in enumerate(one.runs):
+            task = Task(name=one.element(number), log=one.log(number), element=known.get(one.element(number)))
+            found |= {run: task for run in runs if task.is_live or run not in found or not found[run].is_live}
+    return found
+
+
 def in_queue(recipe_dir: Path) -> dict[str, Element]:
     """Run ids that a live task will do -> that task; the newest submission wins."""
-    submitted = submissions(recipe_dir)
-    found = elements(submitted)
-    live: dict[str, Element] = {}
-    for one in submitted:
-        for task, runs in enumerate(one.runs):
-            element = found.get(one.element(task))
-            if element is not None and element.is_live:
-                live |= dict.fromkeys(runs, element)
-    return live
+    return {run: task.element for run, task in tasks(recipe_dir).items() if task.element and task.is_live}
 
 
 def grouped(specs: Sequence[RunSpec], runs_per_job: int) -> tuple[tuple[RunSpec, ...], ...]:
@@ -234,6 +262,7 @@ def check(specs: Sequence[RunSpec], profile: Profile, runs_dir: Path, seconds_of
         seconds_of: run id -> seconds of one step, of runs where it was measured.
     """
     problems = [problem for spec in specs for problem in _check_run(spec, profile)]
+    problems += _check_image(profile)
     for what, path in paths(specs, profile, runs_dir):
         problems += _check_path(what, path, profile)
     for spec in specs:
@@ -269,6 +298,14 @@ def _check_run(spec: RunSpec, profile: Profile) -> list[str]:
     if spec.logging.wandb == "online" and profile.environment.get("WANDB_MODE") == "offline":
         problems.append(f"{spec.arm}: logging.wandb is online and the profile sets WANDB_MODE=offline. Decide for one.")
     return problems
+
+
+def _check_image(profile: Profile) -> list[str]:
+    """A file, where it is named by its path; a registry's image shows when the job starts."""
+    image = profile.container.image
+    if image is None or not image.startswith("/") or Path(image).exists():
+        return []
+    return [f"the container's image {image} is not there. launch/env/klreg.def says how one is built."]
 
 
 def paths(specs: Sequence[RunSpec], profile: Profile, runs_dir: Path) -> list[tuple[str, Path]]:
@@ -407,6 +444,7 @@ def render(job: Job, folder: Path) -> str:
     lines += [f"module load {shlex.quote(module)}" for module in profile.modules]
     if profile.platform == "cuda":
         lines.append('test -n "${CUDA_VISIBLE_DEVICES:-}" || echo "no GPU is visible in this job" >&2')
+    lines.append("unset VERL_PLATFORM VERL_ENGINE_DEVICE")  # the submitting shell's; the platform is the profile's
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment(job).items()]
     lines += profile.setup
     script = shlex.quote(str(job_script.__file__))
@@ -472,9 +510,8 @@ def submit(job: Job, recipe_dir: Path) -> Submitted:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    number, _, cluster = answer.strip().partition(";")
-    record = {"job_id": int(number), "cluster": cluster, "user": getpass.getuser(), "time": time.time()}
-    write_json(folder / "submitted.json", record | {"runs": runs_of(job.tasks)})
+    number = int(answer.strip().partition(";")[0])  # a federation's cluster follows it
+    write_json(folder / "submitted.json", {"job_id": number, "runs": runs_of(job.tasks)})
     return submissions(recipe_dir)[-1]
 
 
@@ -491,9 +528,15 @@ def _sbatch(option: str, script: Path) -> str:
         raise ValueError(f"Slurm does not take the job. {error}") from error
 
 
-def prepare(specs: Sequence[RunSpec], runs_dir: Path, note: inputs.Note) -> None:
-    """Build or fetch data and models here, where there is internet; unwritable folders are told first."""
+def prepare(specs: Sequence[RunSpec], profile: Profile, runs_dir: Path, note: inputs.Note) -> None:
+    """Build or fetch data and models here, where there is internet; what cannot work is told first.
+
+    Software is looked at where this environment is the job's.
+    """
+    if profile.container.kind == "none" and profile.venv is None:
+        preflight.check_software()
     preflight.check_disk(runs_dir)
     preflight.check_folders(specs, runs_dir)
+    preflight.check_files(specs)
     for spec in specs:
         inputs.prepare(spec, runs_dir, note)

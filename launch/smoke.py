@@ -6,6 +6,7 @@ it: the same run with more steps, as any extended run.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.selection import selected
 from klreg_verl.verl_hooks import checkpoints
 from launch import slurm
+from launch.gpu import WITHOUT_FLASH
 from launch.inputs import run_folder
 from launch.job_folder import Job, Submitted
 from launch.profile import Profile
@@ -44,12 +46,21 @@ class Verdict:
 def make_job(profile: Profile, runs_dir: Path, overrides: Sequence[str]) -> Job:
     """One task: the run with two steps, then the same run with one more."""
     nodes, gpus = profile.nodes or 1, profile.gpus_per_node or 1
+    count = nodes * gpus
     workers = [f"resources.nodes={nodes}", f"resources.gpus_per_node={gpus}"]
-    prompts = [f"train.prompts_per_step={max(8, nodes * gpus)}"]
-    _, (spec,) = selected(RECIPE, [*workers, *prompts, *overrides], None, None, None)
+    prompts = [f"train.prompts_per_step={count * -(-8 // count)}"]  # 8 or more, shared equally
+    _, (spec,) = selected(RECIPE, [*workers, *prompts, *_attention(profile), *overrides], None, None, None)
     first = replace(spec, train=replace(spec.train, steps=FIRST_STEPS))
     job = slurm.make_job([spec], profile, runs_dir)
     return replace(job, tasks=((first, spec),), probe=True)
+
+
+def _attention(profile: Profile) -> list[str]:
+    """Torch's attention, where flash-attn is missing or, in a container, may be; a step's 4 responses a prompt fit."""
+    is_here = profile.container.kind == "none" and importlib.util.find_spec("flash_attn") is not None
+    if profile.platform == "cpu" or is_here:
+        return []
+    return ["train.micro_batch=4", *(f"verl.{key}={json.dumps(value)}" for key, value in WITHOUT_FLASH.items())]
 
 
 def wait(submitted: Submitted, tell: Callable[[str], None]) -> None:
@@ -73,7 +84,7 @@ def verdicts(job: Job, submitted: Submitted) -> list[Verdict]:
     lines = folder.read_metrics()
     ends = sorted(folder.attempts_dir.glob("*/end.json"), key=lambda path: int(path.parent.name))
     return [
-        *_probed(submitted.folder),
+        *_probed(submitted),
         _metric("vLLM samples what the trainer computes", lines, "kl_rollout/k1_token", "nats/token"),
         _metric("reference pass, equal to the policy at step 1", lines, "kl_ref/k3_token", "nats/token"),
         _steps(lines, folder.state().reason),
@@ -82,10 +93,10 @@ def verdicts(job: Job, submitted: Submitted) -> list[Verdict]:
     ]
 
 
-def _probed(folder: Path) -> list[Verdict]:
-    files = sorted(folder.glob("tasks/0/*/probe.json"))
+def _probed(submitted: Submitted) -> list[Verdict]:
+    files = sorted(submitted.folder.glob("tasks/0/*/probe.json"))
     if not files:
-        log = folder / "logs" / "0.log"
+        log = submitted.log(0)
         last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
         why = "".join(last) or "the job left no log"
         return [Verdict(what="nodes", fine=False, detail=f"Ray was never up on all of them. {why} ({log})")]

@@ -9,7 +9,7 @@ from typing import Any
 
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder
-from launch.slurm import Element, SlurmError, in_queue
+from launch import slurm
 
 Row = dict[str, Any]
 REFRESH_SECONDS = 2.0
@@ -18,15 +18,15 @@ OVER = ("done", "failed", "conflict")
 
 def rows(specs: Sequence[RunSpec], runs_dir: Path) -> list[Row]:
     """A row for each run. Where Slurm is not here, or does not answer, its columns are empty."""
-    live = queue(specs, runs_dir)
-    return [with_slurm(row(spec, runs_dir), live.get(spec.run_id)) for spec in specs]
+    tasks = queue(specs, runs_dir)
+    return [with_slurm(row(spec, runs_dir), tasks.get(spec.run_id)) for spec in specs]
 
 
-def queue(specs: Sequence[RunSpec], runs_dir: Path) -> dict[str, Element]:
-    """Run ids to live tasks; empty where Slurm cannot be asked."""
+def queue(specs: Sequence[RunSpec], runs_dir: Path) -> dict[str, slurm.Task]:
+    """Run ids to their newest tasks; empty where Slurm cannot be asked."""
     try:
-        return in_queue(runs_dir / specs[0].recipe) if specs else {}
-    except (ValueError, SlurmError):
+        return slurm.tasks(runs_dir / specs[0].recipe) if specs else {}
+    except (ValueError, slurm.SlurmError):
         return {}
 
 
@@ -51,24 +51,27 @@ def row(spec: RunSpec, runs_dir: Path) -> Row:
     }
 
 
-def with_slurm(found: Row, element: Element | None) -> Row:
-    """The row with the task that will do it, its state, and the time it has left."""
+def with_slurm(found: Row, task: slurm.Task | None) -> Row:
+    """The row with the task that will do it, its state, and the time it has left; or how the last task ended."""
+    element = task.element if task and task.is_live else None
     job, state, left = (element.name, element.state, element.left) if element else ("", "", "")
     seen = found | {"job": job, "slurm": state, "left": left}
     if element and element.state == "RUNNING" and found["status"] in ("pending", "interrupted"):
         seen["reason"] = found["reason"] or f"starting on {element.nodes}"
     elif element and element.state == "PENDING" and not found["reason"]:
         seen["reason"] = f"waits: {element.reason}"
+    elif task and not element and found["status"] in ("pending", "interrupted"):
+        seen["reason"] = "; ".join(filter(None, [found["reason"], task.ended()]))
     return seen
 
 
 def line(found: Mapping[str, Any]) -> str:
     """One row as text."""
     numbers = "  ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "kl") if found[name] is not None)
-    slurm = f"  {found['slurm']} {found['job']} left {found['left']}" if found.get("slurm") else ""
+    job = f"  {found['slurm']} {found['job']} left {found['left']}" if found.get("slurm") else ""
     return (
         f"{found['status']:<12} {found['run_id']:<40} step {found['step']}/{found['steps']}  "
-        f"attempt {found['attempt']}{slurm}  {numbers}  {found['reason']}"
+        f"attempt {found['attempt']}{job}  {numbers}  {found['reason']}"
     )
 
 

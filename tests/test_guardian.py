@@ -31,7 +31,7 @@ def work(held):
 
 guardian.end.__defaults__ = (0.5,)  # seconds of grace; the stubborn process takes all of them
 guardian.LOOK_SECONDS, guardian.ENGINE_SECONDS = 0.1, 3.0
-guardian.hold(guardian.Guardian(None, None), work)
+guardian.hold(guardian.Guardian(guardian.Place()), work)
 """
 """The guardian without Ray."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import meeting
+from launch import meeting, node
 from launch.meeting import Meeting, NotMet
 
 
@@ -41,6 +41,16 @@ def test_nodes_meet_hear_the_head_and_their_death_is_noticed(tmp_path: Path):
         assert head.lost() == socket.gethostname()  # and stays lost
     assert not meeting.is_open(connections[0])  # the head is gone
     assert meeting.message(connections[2], 5) is None
+
+
+def test_a_node_waits_for_the_head_and_says_whether_it_was_late_or_gone():
+    here, head = socket.socketpair()
+    with pytest.raises(SystemExit, match="the head has not started Ray within 0 s"):
+        node.hear(here, 0.05)
+    head.close()
+    with pytest.raises(SystemExit, match="the head is gone before Ray was up"):
+        node.hear(here, 5)
+    here.close()
 
 
 def test_the_invitation_is_private(tmp_path: Path):

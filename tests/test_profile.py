@@ -76,6 +76,7 @@ BAD = {
     "container: {kind: none, image: x.sif}": "container.image: 'x.sif' does not go with kind none",
     "ports: {first: 80, last: 9000}": "ports.first: 80 is too small: at least 1024",
     "ports: {first: 20000, last: 20010}": "Ray needs at least 100 ports above 20000",
+    "{cpus_per_node: 128, ports: {first: 20000, last: 20100}}": "ports: 128 CPUs a node need at least 136 ports",
     "sbatch: [--gres=gpu:8]": "sbatch: --gres is set from the profile: gpus_per_node, gpu_type",
     "sbatch: [-N 4]": "sbatch: -N is set from the profile: nodes",
     "sbatch: [reservation=x]": "'reservation=x' is no option of sbatch",

@@ -223,7 +223,7 @@ def test_a_cpu_job_asks_for_no_gpu_and_short_runs_share_a_job(root: Path):
     assert not [name for name in options if "gpu" in name or name == "gres"]
 
 
-@pytest.mark.parametrize("name", ["generic", "single_node", "multi_node", "cpu_test"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in profiles.SHIPPED.glob("*.yaml")))
 def test_bash_can_read_every_script_and_nothing_hides_the_exit_code(root: Path, name: str):
     where = replace(profiles.load(name), modules=("cuda/12.8",), environment={"A": "it's $HOME"}, setup=("ulimit -l",))
     text = script(root, where, resources=ResourcesSpec(nodes=where.nodes or 1, gpus_per_node=where.gpus_per_node or 1))
@@ -232,6 +232,31 @@ def test_bash_can_read_every_script_and_nothing_hides_the_exit_code(root: Path, 
     assert text.splitlines()[-1].startswith("exec ")  # the job's exit code is this program's
     for trap in ("| tee", "ray stop", "symmetric-run", "$SLURM_GPUS_PER_NODE", "$0", "BASH_SOURCE"):
         assert trap not in text
+
+
+def test_an_image_that_is_not_there_is_told(root: Path):
+    def found(image: str) -> list[str]:
+        return problems(root, run(root), profile(root, container=Container(kind="pyxis", image=image)))
+
+    assert found(f"{root}/k.sqsh") == [
+        f"the container's image {root}/k.sqsh is not there. launch/env/klreg.def says how one is built."
+    ]
+    assert found("registry.org/klreg:1") == []
+    (root / "k.sqsh").touch()
+    assert found(f"{root}/k.sqsh") == []
+
+
+def test_the_platform_is_the_profiles_and_not_the_submitting_shells(root: Path):
+    def said(where: Profile) -> str:
+        lines = [line for line in script(root, where).splitlines() if line.startswith(("unset", "export"))]
+        show = 'echo "${VERL_PLATFORM:-none} ${VERL_ENGINE_DEVICE:-none}"'
+        environment = {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "PATH": os.environ["PATH"]}
+        command = ["bash", "-c", "\n".join([*lines, show])]
+        return subprocess.run(command, env=environment, text=True, capture_output=True).stdout.strip()
+
+    assert said(profile(root)) == "none none"
+    assert said(profile(root, platform="cpu")) == "cpu none"
+    assert said(profile(root, environment={"VERL_PLATFORM": "nvidia"})) == "nvidia none"
 
 
 def test_containers_hold_the_steps_and_the_batch_script_stays_outside(root: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pytest
 
 from klreg_verl.experiment.store import RunFolder
 from klreg_verl.verl_hooks import checkpoints
-from launch import smoke
+from launch import gpu, smoke
 from launch.inputs import run_folder
 from launch.job_folder import Job, Submitted
-from launch.profile import Profile
+from launch.profile import Container, Profile
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def job(tmp_path: Path) -> Job:
 def submitted(tmp_path: Path) -> Submitted:
     (tmp_path / "job" / "tasks" / "0" / "1").mkdir(parents=True)
     (tmp_path / "job" / "logs").mkdir()
-    return Submitted(folder=tmp_path / "job", job_id=7, time=0.0, runs=(("a", "a"),))
+    return Submitted(folder=tmp_path / "job", job_id=7, runs=(("a", "a"),))
 
 
 def test_it_is_one_run_that_is_extended_on_the_profiles_workers(job: Job):
@@ -34,6 +35,26 @@ def test_it_is_one_run_that_is_extended_on_the_profiles_workers(job: Job):
     assert (second.resources.nodes, second.resources.gpus_per_node) == (2, 8)
     assert second.train.prompts_per_step * second.train.responses_per_prompt % 16 == 0
     assert job.probe
+
+
+@pytest.mark.parametrize("workers", range(1, 10))
+def test_any_number_of_workers_shares_its_prompts(tmp_path: Path, workers: int):
+    """The fewest prompts that are 8 or more and a multiple of the workers: 8 8 9 8 10 12 14 8 9."""
+    job = smoke.make_job(Profile(gpus_per_node=workers), tmp_path, ())
+    assert job.specs[0].train.prompts_per_step == {3: 9, 5: 10, 6: 12, 7: 14, 9: 9}.get(workers, 8)
+
+
+def test_it_does_without_flash_attn_where_that_is_not_known_to_be_there(tmp_path: Path, monkeypatch):
+    def attention(**values: object) -> dict[str, object]:
+        return dict(smoke.make_job(Profile(**values), tmp_path, ()).specs[0].verl)
+
+    image = Container(kind="apptainer", image="/k.sif")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert attention() == gpu.WITHOUT_FLASH
+    assert attention(platform="cpu") == {}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert attention() == {}
+    assert attention(container=image) == gpu.WITHOUT_FLASH
 
 
 def test_a_model_of_ones_own_is_an_override(tmp_path: Path):

@@ -15,8 +15,9 @@ from launch.job_folder import new_folder
 from launch.slurm import Element
 
 
-def element(state: str, **values: str) -> Element:
-    return Element(**({"name": "7_0", "state": state, "left": "1:00", "reason": "None", "nodes": "node1"} | values))
+def task(state: str, **values: str) -> slurm.Task:
+    shown = {"name": "7_0", "state": state, "left": "1:00", "reason": "None", "nodes": "node1"} | values
+    return slurm.Task(name="7_0", log=Path("/no/log"), element=Element(**shown))
 
 
 def squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str, code: int = 0, error: str = "") -> None:
@@ -33,7 +34,7 @@ def squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str, code: int
 
 def submitted(root: Path, job: int, *tasks: list[str]) -> None:
     folder = new_folder(root / "study")
-    write_json(folder / "submitted.json", {"job_id": job, "time": 0.0, "runs": tasks})
+    write_json(folder / "submitted.json", {"job_id": job, "runs": tasks})
 
 
 @pytest.fixture
@@ -80,9 +81,25 @@ def test_of_two_submissions_of_a_run_the_living_one_counts(tmp_path: Path, one: 
 
 def test_what_a_run_waits_for_and_that_it_starts_are_said(one: RunSpec, tmp_path: Path):
     new = status.row(spec(arm="new"), tmp_path)
-    assert status.with_slurm(new, element("PENDING", reason="Resources"))["reason"] == "waits: Resources"
-    assert status.with_slurm(new, element("RUNNING"))["reason"] == "starting on node1"
-    assert status.with_slurm(status.row(one, tmp_path), element("PENDING"))["reason"] == "node b was lost"
+    assert status.with_slurm(new, task("PENDING", reason="Resources"))["reason"] == "waits: Resources"
+    assert status.with_slurm(new, task("RUNNING"))["reason"] == "starting on node1"
+    assert status.with_slurm(status.row(one, tmp_path), task("PENDING"))["reason"] == "node b was lost"
+
+
+def test_how_the_newest_job_ended_is_said_of_runs_that_it_left_undone(tmp_path: Path, one: RunSpec, monkeypatch):
+    submitted(tmp_path, 7, [one.run_id])
+    submitted(tmp_path, 9, [one.run_id])
+    (tmp_path / "study/slurm/2/logs/0.log").write_text("first\njob: exit code 76: no folder can be made in /scratch\n")
+    squeue(tmp_path, monkeypatch, "7_0|CANCELLED|0:00|None|")
+    (tmp_path / "bin" / "sacct").write_text("#!/bin/sh\necho '9_0|FAILED|76:0|node1'\n")
+    (row,) = status.rows([one], tmp_path)
+    last = "job: exit code 76: no folder can be made in /scratch"
+    assert row["reason"] == f"node b was lost; job 9_0 FAILED (exit code 76): {last}"
+    assert (row["job"], row["slurm"]) == ("", "")  # nothing will go on with it
+    squeue(tmp_path, monkeypatch, code=1, error="slurm_load_jobs error: Invalid job id specified")
+    assert status.rows([one], tmp_path)[0]["reason"] == f"node b was lost; job 9_0 over: {last}"
+    RunFolder(tmp_path / "study" / one.run_id).set_state("done", step=40)
+    assert status.rows([one], tmp_path)[0]["reason"] == ""
 
 
 def test_a_live_table_ends_when_every_run_is_over(tmp_path: Path, one: RunSpec, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_models import network, write_model
 
 from data_prep import schema
 
@@ -25,9 +26,12 @@ RECIPE = """\
 question: Does it come back?
 model: {path: ./model}
 tasks: {mine: {train: a.parquet, val: b.parquet, reward: "rewards:score"}}
-train: {steps: 6, prompts_per_step: 4, responses_per_prompt: 2}
+train: {steps: 6, prompts_per_step: 4, responses_per_prompt: 2, micro_batch: 2}
 save: {every: 2}
 resources: {nodes: 2, gpus_per_node: 1}
+verl:
+  actor_rollout_ref.model.override_config.attn_implementation: sdpa
+  actor_rollout_ref.model.use_remove_padding: false
 arms:
   none: {kl: {placement: none}}
   reverse: {kl: {placement: reward, estimator: k1, follows: reverse, beta: 0.1}}
@@ -45,6 +49,7 @@ requeues: 30
 shared: [{shared}, {root}, {prefix}]
 object_store_gb: 0.1
 setup:
+  - export PATH={shared}/study/bin:$PATH
   - export RAY_ADDRESS=10.77.0.99:6379
   - export TMPDIR={shared}/a-long-folder-that-a-site-makes-for-every-job/and-a-longer-one-below/which-nobody-expects
   - mkdir -p $TMPDIR
@@ -52,6 +57,14 @@ setup:
 """Its set-up lays traps that break others: somebody's stale Ray, a folder too long for sockets. Two more are there
 without it: with GPUs Slurm sets ROCm's variable, too, beside which verl refuses to start, and the home has a token of
 somebody's Ray."""
+
+NVIDIA_SMI = """\
+#!/bin/sh
+case "$1" in --query-gpu=*)
+    for i in 0 1 2 3 4 5 6 7; do echo "$i, GPU-$i, Stand-in, 81559, 0, 580.65"; done
+esac
+"""
+"""Eight GPUs that are in no table, as lab.sh's nodes have them."""
 
 
 def missing() -> list[str]:
@@ -109,8 +122,10 @@ def lab(cluster: Lab) -> Iterator[Lab]:
 def write_study(folder: Path) -> None:
     """A user's project whose driver is the stand-in."""
     shutil.copytree(Path(__file__).parent / "standin", folder)
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text("{}")
+    write_model(folder / "model", network(0), template="{{ messages[0]['content'] }}")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvidia-smi").write_text(NVIDIA_SMI)
+    (folder / "bin" / "nvidia-smi").chmod(0o755)
     row = schema.make_row(
         data_source="mine", prompt="p", ability="none", ground_truth="g", split="train", index=0, meta={}
     )
