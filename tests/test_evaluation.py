@@ -7,6 +7,7 @@ import math
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from verl_stack import spec
 
+from data_prep.functions import OURS
 from data_prep.schema import SCHEMA, write_parquet
-from klreg_verl.evaluation import evaluate, printing, store, summary, tasks
+from klreg_verl.evaluation import evaluate, printing, store, subjects, summary, tasks
 from klreg_verl.evaluation.store import Store
 from klreg_verl.evaluation.subjects import Subject
-from klreg_verl.experiment.settings import RetentionSpec, SkillSpec
-from klreg_verl.experiment.store import RunFolder
+from klreg_verl.experiment.settings import RetentionSpec, SkillSpec, TaskSpec
+from klreg_verl.experiment.store import RunFolder, write_json
 
 # ------------------------------------------------------------------------------------------------------- store
 
@@ -82,8 +84,7 @@ ASKED = {"data_source": "palindrome", "text": "a a b", "ground_truth": "aba", "e
 
 
 def test_a_palindrome_is_graded_by_the_projects_reward():
-    task = tasks.Task(name="palindrome", file=Path("x"))
-    reward = tasks.reward_function(task)
+    reward = tasks.reward_function(tasks.Task(name="palindrome", file=Path("x")))
     right, wrong = (tasks.graded(sample(0, 0, text), ASKED, reward) for text in ("aba", "aab"))
     assert (right["score"], right["valid"], right["answer"], right["num_valid"]) == (1.0, True, "aba", "1")
     assert (wrong["score"], wrong["valid"], wrong["error"]) == (0.0, False, "")
@@ -121,10 +122,47 @@ def test_a_reward_that_raises_is_counted_not_a_silent_zero(own_reward: types.Mod
     assert (found["score"], found["valid"], found["error"]) == (0.0, False, "KeyError: 'nope'")
 
 
+def test_what_is_no_grade_is_counted_too(own_reward: types.ModuleType):
+    cases = {"None": None, "no score": {"acc": 1.0}, "acc": {"score": 1.0, "acc": "right"}, "nan": math.nan}
+    errors = {
+        name: grade_with(own_reward, lambda value=value, **_: value, "x")["error"] for name, value in cases.items()
+    }
+    assert errors["None"].startswith("TypeError") and errors["no score"] == "KeyError: 'score'"
+    assert errors["acc"].startswith("ValueError: could not convert") and errors["nan"] == "ValueError: score nan"
+
+
+def test_an_asynchronous_reward_is_awaited(own_reward: types.ModuleType):
+    async def score(**_: Any) -> float:
+        return 0.5
+
+    found = grade_with(own_reward, score, "x")
+    assert (found["score"], found["valid"], found["error"]) == (0.5, True, "")
+
+
+def test_the_options_of_a_task_reach_its_reward():
+    """A response that was cut inside its reasoning, with a box: wrong where the prompt opened the reasoning."""
+    asked = {**ASKED, "data_source": "math500", "ground_truth": "7"}
+    task = tasks.Task(name="t", file=Path("x"))
+    thinking = replace(task, options={"thinks": True})
+    response = sample(0, 0, r"so far \boxed{7}, but")
+    scores = [tasks.graded(response, asked, tasks.reward_function(one))["score"] for one in (task, thinking)]
+    assert scores == [1.0, 0.0]
+
+
+def test_a_reward_finds_what_it_imports_when_it_is_called(tmp_path: Path):
+    (tmp_path / "reward_that_imports_late.py").write_text(
+        "def score(**_):\n    import beside_it\n    return beside_it.ONE\n"
+    )
+    (tmp_path / "beside_it.py").write_text("ONE = 1.0\n")
+    task = tasks.Task(name="t", file=Path("x"), reward="reward_that_imports_late:score", root=str(tmp_path))
+    found = tasks.graded(sample(0, 0), ASKED, tasks.reward_function(task))
+    assert (found["score"], found["error"]) == (1.0, "")
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("no_colon", "'no_colon' is not of the form pkg.module:function"),
+        ("no_colon", "cannot import 'no_colon' .* Give pkg.module:function"),
         ("nix_nix:score", "cannot import 'nix_nix'"),
         ("math:nix", "'math' has no function 'nix'"),
     ],
@@ -135,16 +173,26 @@ def test_a_reward_that_is_not_there_is_refused(reward: str, message: str):
 
 
 def test_a_reward_whose_source_changes_has_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import importlib
-
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "reward_whose_source_changes.py"
     path.write_text("def score(**_):\n    return 0.0\n")
-    module = importlib.import_module(path.stem)
-    before = evaluate.reward_hash(module.score)
-    assert before == evaluate.reward_hash(module.score)
+    task = tasks.Task(name="t", file=Path("x"), reward=f"{path.stem}:score")
+    before = evaluate.reward_hash(task)
+    assert before == evaluate.reward_hash(task)
     path.write_text("def score(**_):\n    return 1.0\n")
-    assert evaluate.reward_hash(module.score) != before
+    assert evaluate.reward_hash(task) != before
+
+
+def test_a_reward_that_is_no_plain_function_has_a_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    text = "import functools\nclass Score:\n    def __call__(self, **_): return 0.0\n"
+    text += "made = Score()\nless = functools.partial(made)\n"
+    path = tmp_path / "rewards_that_are_objects.py"
+    path.write_text(text)
+    wanted = [tasks.Task(name="t", file=Path("x"), reward=f"{path.stem}:{name}") for name in ("made", "less")]
+    before = [evaluate.reward_hash(task) for task in wanted]
+    path.write_text(text.replace("0.0", "1.0"))
+    assert all(evaluate.reward_hash(task) != old for task, old in zip(wanted, before, strict=True))
 
 
 def test_tasks_are_named_by_file_folder_or_skill(tmp_path: Path):
@@ -189,6 +237,57 @@ def test_the_skills_of_a_recipe_are_tasks_of_its_runs(tmp_path: Path):
     assert json.loads((spell.file.parent / "card.json").read_text())["options"]["seed"] == 3
 
 
+def run_with(folder: Path, val: Path, **changes: Any) -> Subject:
+    """A run whose task has this validation file."""
+    run_spec = spec(**changes)
+    run = RunFolder(folder / run_spec.run_id)
+    run.create(run_spec)
+    write_json(run.provenance_path, {"data": {"val": {"path": str(val)}}})
+    return Subject(name="r", step=1, path=run.path, evals=run.evals_dir, run=run)
+
+
+def find_of(name: str, *models: Subject) -> list[tasks.Task]:
+    return tasks.find(name, list(models), models[0].path / "cache", None, None, lambda text: None)
+
+
+def test_a_runs_task_is_its_file_its_reward_and_its_options(tmp_path: Path):
+    val = tmp_path / "val.parquet"
+    val.touch()
+    builtin = TaskSpec(builtin="palindrome", reward_options={"partial_credit": True})
+    other = TaskSpec(builtin="palindrome")
+    one = run_with(tmp_path / "one", val, task=builtin, task_name="a", root="/recipes/one")
+    two = run_with(tmp_path / "two", val, task=builtin, task_name="b", root="/recipes/two")
+    (task,) = find_of("own", one, two)  # name and folder of the recipe make no other task
+    assert (task.name, task.file, dict(task.options), task.root) == ("a", val, {"partial_credit": True}, None)
+    with pytest.raises(
+        ValueError, match=r"different tasks \(.*val.parquet, .*, \{'partial_credit': True\}; .*compute_score\)"
+    ):
+        find_of("own", one, run_with(tmp_path / "three", val, task=other))
+
+
+def test_a_retained_skill_has_the_options_of_the_run_where_this_project_grades(tmp_path: Path):
+    val = tmp_path / "val.parquet"
+    retained = RetentionSpec(skills={"own": SkillSpec(val=str(val))}, prompts=5)
+    options = {"thinks": True}
+    builtin = TaskSpec(builtin="palindrome", reward_options=options)
+    theirs = TaskSpec(train="a.parquet", val="b.parquet", reward="pkg.module:score", reward_options=options)
+    (thinking,) = find_of("retention", run_with(tmp_path / "one", val, task=builtin, retention=retained))
+    (plain,) = find_of("retention", run_with(tmp_path / "two", val, task=theirs, retention=retained))
+    assert (thinking.reward, dict(thinking.options)) == (OURS, options)
+    assert (plain.reward, dict(plain.options)) == (OURS, {})  # as data_prep/retention.py grades it in the run
+
+
+def test_two_files_of_one_skill_are_refused(tmp_path: Path):
+    files = [tmp_path / "one.parquet", tmp_path / "two.parquet"]
+    skills = [RetentionSpec(skills={"own": SkillSpec(val=str(file))}, prompts=5) for file in files]
+    runs = [run_with(tmp_path / file.stem, file, retention=one) for file, one in zip(files, skills, strict=True)]
+    with pytest.raises(
+        ValueError, match="different prompts or reward options of the skill own .*one.parquet.*two.parquet"
+    ):
+        find_of("retention", *runs)
+    assert len(find_of("retention", runs[0], runs[0])) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -210,7 +309,8 @@ def test_sampling_that_cannot_work_is_refused(changes: dict[str, Any], message: 
 
 def graded(prompt: int, number: int, answer: str, valid: bool, tokens: int = 3, **changes: Any) -> dict[str, Any]:
     grade = {"score": float(valid), "valid": valid, "answer": answer, "format_ok": 1.0, "timeout": 0.0, "error": ""}
-    return {**sample(prompt, number, answer, tokens), **grade, "num_valid": "4", **changes}
+    given = {"data_source": "palindrome", "num_valid": "4"}
+    return {**sample(prompt, number, answer, tokens), **given, **grade, **changes}
 
 
 ROWS = [
@@ -240,19 +340,26 @@ def test_the_numbers_of_an_evaluation_by_hand():
     json.dumps(found, allow_nan=False)
 
 
-def test_the_keys_of_a_run_belong_to_the_numbers():
-    found = summary.summarize(ROWS, ks=[1, 3])
-    assert summary.metrics(found, "palindrome").keys() == {
-        "eval/palindrome/accuracy",
-        "eval/palindrome/pass@1",
-        "eval/palindrome/pass@3",
+def test_the_keys_are_those_of_a_run_for_each_data_source():
+    rows = [row | {"data_source": ("math500", "aime24")[row["prompt"]]} for row in ROWS]
+    assert summary.metrics(rows, "test") == {
+        "eval/math500/accuracy": 3 / 4,
+        "eval/math500/pass@1": 3 / 4,
+        "eval/math500/pass@2": 1.0,
+        "eval/math500/pass@4": 1.0,
+        "eval/aime24/accuracy": 0.0,
+        "eval/aime24/pass@1": 0.0,
+        "eval/aime24/pass@2": 0.0,
+        "eval/aime24/pass@4": 0.0,
     }
-    assert summary.metrics(found, "skill/spell") == {"retention/spell": 3 / 8}
+    assert summary.metrics(rows, "skill/spell") == {"retention/spell": 3 / 8}
+    skilled = [row | {"data_source": "skill/spell"} for row in ROWS]
+    assert summary.metrics(skilled, "test") == {"retention/spell": 3 / 8}
 
 
 def test_more_than_there_are_samples_is_refused():
     with pytest.raises(ValueError, match="k=8 is more than the 4 samples"):
-        summary.summarize(ROWS, ks=[8])
+        summary.of_subsets(ROWS, [8])
     with pytest.raises(ValueError, match=r"The prompts have \[3, 4\] samples"):
         summary.summarize(ROWS[:-1])
 
@@ -276,19 +383,148 @@ def record(rows: list[dict[str, Any]], name: str, **changes: Any) -> dict[str, A
 
 def test_the_table_has_a_row_a_model_and_says_what_is_no_wrong_answer():
     start = [graded(0, number, "xy", False) for number in range(4)] + [graded(1, n, "no", False) for n in range(4)]
-    lines = printing.lines([record(start, "start"), record(ROWS, "step 9", against=summary.against(ROWS, start))])
+    lines = printing.lines(
+        [record(start, "start"), record(ROWS, "step 9", against={"subject": "start", **summary.against(ROWS, start)})]
+    )
     text = "\n".join(lines)
     assert lines[0].startswith("t: 2 prompts x 4 samples, temperature 1")
     row = next(line for line in lines if line.startswith("step 9")).split()
     assert row[2] == "0.375" and "+0.375" in row and row[-3:] == ["1", "0", "0.1"]
-    assert "step 9: 1 gradings timed out, 0 failed" in text
+    assert "step 9: 1 gradings ended without a verdict, 0 failed" in text
     assert "start: " not in text
-    told = printing.legend([record(start, "start"), record(ROWS, "step 9", against=summary.against(ROWS, start))])
-    assert any(line.startswith("gain      of accuracy over start") for line in told)
-    assert not any(line.startswith("gain") for line in printing.legend([record(start, "start")]))
+
+    def change(name: str) -> dict[str, Any]:
+        return {"subject": name, **summary.against(ROWS, start)}
+
+    def gain(*changes: dict[str, Any]) -> list[str]:
+        told = printing.legend([record(start, "x"), *(record(ROWS, "y", against=one) for one in changes)])
+        return [line for line in told if line.startswith("gain")]
+
+    assert gain(change("start")) == ["gain      of accuracy over start, prompt by prompt, with its 95 % interval"]
+    assert gain(change("one"), change("two"))[0].startswith(
+        "gain      of accuracy over the start of its own run, prompt"
+    )
+    assert gain() == []
 
 
 def test_one_prompt_and_one_sample_make_a_table_too():
     lines = printing.lines([record([graded(0, 0, "a", True, num_valid=None)], "model")])
     assert "1.000" in lines[3] and "nan" not in lines[3] and "coverage" not in lines[2]
     assert math.isclose(record([graded(0, 0, "a", True)], "m")["accuracy"]["low"], 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------- the whole
+
+
+MACHINE = evaluate.Machine(platform="cpu")
+
+
+def model(folder: Path, name: str, evals: str = "evals", **changes: Any) -> Subject:
+    """A folder that stands for a model: all of its samples are there, and no engine has to read it."""
+    path = folder / name
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({"name": name}))
+    return Subject(name=name, step=0, path=path, evals=folder / evals, **changes)
+
+
+def asked_of(folder: Path, name: str = "asked", reward: str = OURS) -> tasks.Task:
+    row = {
+        "data_source": "palindrome",
+        "prompt": [{"role": "user", "content": "aab"}],
+        "ability": "palindrome",
+        "reward_model": {"style": "rule", "ground_truth": "aab"},
+        "extra_info": {"split": "test", "index": 0, "num_valid": "1", "meta": "{}"},
+    }
+    write_parquet([row], folder / f"{name}.parquet")
+    return tasks.Task(name="palindrome", file=folder / f"{name}.parquet", reward=reward)
+
+
+def draw(subject: Subject, task: tasks.Task, responses: list[str]) -> evaluate.Evaluation:
+    """Puts these samples of the only prompt where an engine would."""
+    sampling = evaluate.Sampling(samples=len(responses))
+    one = evaluate._evaluation(subject, task, sampling, subject.path, subjects.model_hash(subject.path))
+    one.store.parts.mkdir(parents=True)
+    store.write_part(one.store.parts, [sample(0, number, text) for number, text in enumerate(responses)])
+    return one
+
+
+def run_all(models: list[Subject], wanted: list[tasks.Task], samples: int, **given: Any) -> list[list[dict[str, Any]]]:
+    sampling = evaluate.Sampling(samples=samples)
+    return evaluate.evaluate(models, wanted, sampling, MACHINE, note=lambda text: None, **given)
+
+
+def test_what_is_kept_does_not_depend_on_what_is_shown(tmp_path: Path):
+    task, start, end = asked_of(tmp_path), model(tmp_path, "start", is_start=True), model(tmp_path, "end")
+    draw(start, task, ["aab"] * 4)
+    kept = draw(end, task, ["aba", "aba", "aab", "aab"]).store.numbers
+    run_all([start, end], [task], 4)
+    before = json.loads(kept.read_text())
+    assert (list(before["pass"]), before["against"]["accuracy_gain"]["mean"]) == (["1", "2", "4"], 0.5)
+    ((shown,),) = run_all([end], [task], 4, ks=[3])
+    # one of the 4 subsets of three would need three wrong ones, of which there are two
+    assert ({k: value["mean"] for k, value in shown["pass"].items()}, "against" in shown) == ({"3": 1.0}, False)
+    assert json.loads(kept.read_text()) == before
+
+
+def test_a_change_that_other_grades_gave_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "reward_that_gets_stricter.py"
+    path.write_text("def score(**given):\n    return 1.0\n")
+    task = asked_of(tmp_path, reward=f"{path.stem}:score")
+    start, end = model(tmp_path, "start", is_start=True), model(tmp_path, "end")
+    draw(start, task, ["aab"])
+    kept = draw(end, task, ["aba"]).store.numbers
+    run_all([start, end], [task], 1)
+    assert "against" in json.loads(kept.read_text())
+    path.write_text("def score(**given):\n    return 0.0  # of all\n")
+    monkeypatch.delitem(sys.modules, path.stem)
+    run_all([end], [task], 1)
+    again = json.loads(kept.read_text())
+    assert (again["accuracy"]["mean"], "against" in again) == (0.0, False)
+
+
+def test_one_model_under_two_runs_is_taken_over(tmp_path: Path):
+    task = asked_of(tmp_path)
+    one, two = model(tmp_path, "m", "evals_one"), model(tmp_path, "m", "evals_two")
+    table = draw(one, task, ["aba", "aab"]).store.table
+    run_all([one, two], [task], 2)
+    assert (two.evals / table.name).read_bytes() == table.read_bytes()
+    assert sorted(path.suffix for folder in (one.evals, two.evals) for path in folder.iterdir()) == [
+        ".json",
+        ".json",
+        ".parquet",
+        ".parquet",
+    ]
+
+
+def test_tasks_of_one_name_keep_their_rewards(tmp_path: Path, own_reward: types.ModuleType):
+    own_reward.half = lambda **_: 0.5  # type: ignore[attr-defined]
+    wanted = [asked_of(tmp_path, "a"), asked_of(tmp_path, "b", f"{own_reward.__name__}:half")]
+    for task in wanted:
+        draw(model(tmp_path, "m"), task, ["aba"])
+    assert [row[0]["score"] for row in run_all([model(tmp_path, "m")], wanted, 1)] == [1.0, 0.5]
+
+
+def test_options_make_another_evaluation_and_none_the_one_there_was(tmp_path: Path):
+    task = asked_of(tmp_path)
+    sampling, subject = evaluate.Sampling(), model(tmp_path, "m")
+    plain, thinking = (
+        evaluate._evaluation(subject, one, sampling, subject.path, "hash")
+        for one in (task, replace(task, options={"thinks": True}))
+    )
+    assert (plain.settings | {"options": {"thinks": True}}, "options" in plain.settings) == (thinking.settings, False)
+    assert plain.hash != thinking.hash
+
+
+@pytest.mark.parametrize(
+    ("reward", "ks", "message"), [(OURS, [2], "k=2 with 1 samples"), ("nix_nix:score", None, "cannot import 'nix_nix'")]
+)
+def test_what_cannot_work_is_told_before_a_checkpoint_is_exported(
+    tmp_path: Path, reward: str, ks: list[int] | None, message: str
+):
+    checkpoint = tmp_path / "global_step_5"
+    (checkpoint / "actor").mkdir(parents=True)
+    (checkpoint / "actor" / "model_world_size_1_rank_0.pt").touch()  # of which an export would fail
+    subject = Subject(name="c", step=5, path=checkpoint, evals=tmp_path / "evals")
+    with pytest.raises(ValueError, match=message):
+        run_all([subject], [asked_of(tmp_path, reward=reward)], 1, ks=ks)

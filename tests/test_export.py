@@ -150,6 +150,18 @@ def test_a_checkpoint_of_a_run_belongs_to_the_run(run: RunFolder, tmp_path: Path
     assert (found.step, found.run, found.evals) == (7, None, tmp_path / "results")
 
 
+def test_checkpoints_without_a_run_are_exported_apart(tmp_path: Path):
+    """Same step, same place of the results: two models all the same."""
+    for name, seed in (("one", 1), ("two", 2)):
+        write_checkpoint(tmp_path / name / "global_step_7", network(seed))
+    texts = [str(tmp_path / name / "global_step_7") for name in ("one", "two")]
+    found = [one for text in texts for one in subjects.find(text, out=tmp_path / "results")]
+    made = [one.folder(lambda text: None) for one in found]
+    assert {path.parent for path in made} == {tmp_path / "exports"}
+    assert subjects.model_hash(made[0]) != subjects.model_hash(made[1])
+    assert [one.folder(lambda text: pytest.fail(text)) for one in found] == made  # found again
+
+
 def test_a_model_folder_keeps_its_evaluations_beside_it(tmp_path: Path):
     folder = write_model(tmp_path / "model", network(1))
     (found,) = subjects.find(str(folder))
@@ -189,6 +201,8 @@ def test_runs_are_compared_with_their_starts_each_model_once(run: RunFolder):
 def test_responses_are_as_long_as_in_the_run(run: RunFolder):
     found = subjects.find(str(run.path))
     assert command.sampling_of(found, None, 4, 1.0, 1.0, 1, None).max_tokens == 32
+    with pytest.raises(ValueError, match="max_tokens=0 cannot work"):
+        command.sampling_of(found, 0, 4, 1.0, 1.0, 1, None)
     assert command.sampling_of(found, 5, 4, 1.0, 1.0, 1, None).max_tokens == 5
     assert command.sampling_of([], None, 4, 1.0, 1.0, 1, None).max_tokens == 1024
 
@@ -208,6 +222,14 @@ def test_an_export_is_made_once_and_anew_for_other_weights(run: RunFolder):
     torch.save(network(9).state_dict(), subject.path / "actor" / "model_world_size_1_rank_0.pt")
     assert subjects.model_hash(subject.folder(notes.append)) != before
     assert "is of other weights than the checkpoint's" in notes[1]
+
+
+def test_an_export_of_another_dtype_is_not_what_is_evaluated(run: RunFolder):
+    (subject,) = subjects.find(f"{run.path}@10")
+    export.export(subject.path, subject.exported, dtype="float16")
+    notes: list[str] = []
+    assert export.card(subject.folder(notes.append))["dtype"] == "float32"
+    assert "or of another dtype: exported anew" in notes[0]
 
 
 def test_models_that_differ_in_weights_alone_share_a_frame(run: RunFolder, tmp_path: Path):
@@ -233,6 +255,8 @@ def test_the_commands_say_what_is_wrong(run: RunFolder, tmp_path: Path):
 
     code, text = klreg("export", run.path, "--step", 10, "--out", tmp_path / "made")
     assert (code, f"arm/palindrome/seed7 step 10: {tmp_path / 'made'}" in text) == (0, True)
+    code, text = klreg("export", run.path, "--step", 10, "--dtype", "float16")
+    assert (code, f"step 10: {run.path / 'exports' / 'step10-float16'}" in text) == (0, True)
     code, text = klreg("export", tmp_path / "start")
     assert (code, "is a model folder already" in text) == (2, True)
     code, text = klreg("eval", tmp_path / "start")

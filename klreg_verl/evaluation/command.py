@@ -27,7 +27,8 @@ def export_command(
     ],
     step: Annotated[int | None, typer.Option(help="Updates done; default: the newest whole checkpoint.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to make; default: exports/step<N> in the run folder.")
+        Path | None,
+        typer.Option(help="Folder to make; default: exports/step<N>, or exports/step<N>-<dtype>, in the run folder."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the configuration's), float32, bfloat16 or float16.")] = "auto",
 ) -> None:
@@ -38,7 +39,8 @@ def export_command(
     if export.actor_folder(subject.path) is None:
         raise ValueError(f"{subject.path} is a model folder already: there is nothing to export.")
     facts = {"run": None if subject.run is None else str(subject.run.path), "step": subject.step}
-    made = export.export(subject.path, out or subject.exported, dtype=dtype, facts=facts)
+    folder = subject.exported if dtype == "auto" else subject.exported.with_name(f"{subject.exported.name}-{dtype}")
+    made = export.export(subject.path, out or folder, dtype=dtype, facts=facts)
     typer.echo(f"{subject.name}: {made}")
 
 
@@ -142,7 +144,8 @@ def sampling_of(
     known = sorted({spec.train.max_response_tokens for spec in specs})
     if max_tokens is None and len(known) > 1:
         raise ValueError(f"The runs' responses have at most {known} tokens. Say which limit to use: --max-tokens.")
-    longest = max_tokens or (known[0] if known else DEFAULT_TOKENS)
+    usual = known[0] if known else DEFAULT_TOKENS
+    longest = usual if max_tokens is None else max_tokens
     return Sampling(
         samples=samples, temperature=temperature, top_p=top_p, max_tokens=longest, seed=seed, prompts=prompts
     )

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
-import shutil
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep import functions
 from klreg_verl.evaluation import engine, store, subjects, summary, tasks
 from klreg_verl.evaluation.store import Rows, Store
 from klreg_verl.evaluation.subjects import Note, Subject
 from klreg_verl.evaluation.tasks import Reward, Task
 from klreg_verl.evaluation.worker import Job, Order
 from klreg_verl.experiment import provenance
-from klreg_verl.experiment.store import write_json
+from klreg_verl.experiment.store import atomic_write, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,20 +117,25 @@ def evaluate(
         ValueError: something given cannot work.
         RuntimeError: vLLM failed; what it sampled is kept.
     """
+    _check_ks(ks, sampling.samples)
+    graders = [Grader(reward=tasks.reward_function(task), source=reward_hash(task)) for task in wanted]
     folders = {subject.path: subject.folder(note) for subject in models}
     hashes = {path: subjects.model_hash(folder) for path, folder in folders.items()}
-    rewards = {task.name: tasks.reward_function(task) for task in wanted}
     planned = [
         [_evaluation(subject, task, sampling, folders[subject.path], hashes[subject.path]) for subject in models]
         for task in wanted
     ]
     every = [one for row in planned for one in row]
     for one in every:
-        _check_ks(ks, one.sampling.samples)
         one.store.folder.mkdir(parents=True, exist_ok=True)
-    sample([one for one in _once(every) if not _take_over(one, every)], machine, note)
-    for one in every:
-        finish(one, every, rewards[one.task.name], note)
+    with contextlib.ExitStack() as locks:
+        missing = [one for one in _once(every) if not _take_over(one, every)]
+        for one in missing:
+            locks.enter_context(one.store.lock())
+        sample([one for one in missing if not one.store.table.is_file()], machine, note)
+        for row, grader in zip(planned, graders, strict=True):
+            for one in row:
+                finish(one, every, grader, note)
     return [_records(row, ks) for row in planned]
 
 
@@ -140,6 +146,7 @@ def _evaluation(subject: Subject, task: Task, sampling: Sampling, folder: Path, 
         "data": provenance.hash_path(task.file),
         "prompts": len(asked),
         "reward": task.reward,
+        **({"options": dict(task.options)} if task.options else {}),
         **{name: getattr(sampling, name) for name in _SAMPLED},
     }
     return Evaluation(subject=subject, task=task, sampling=sampling, model=folder, asked=asked, settings=settings)
@@ -168,7 +175,7 @@ def _take_over(one: Evaluation, every: Sequence[Evaluation]) -> bool:
     places = [other.store.table for other in every if other.hash == one.hash]
     found = next((path for path in places if path.is_file()), None)
     if found is not None:
-        shutil.copy(found, one.store.table)
+        atomic_write(one.store.table, found.read_bytes())
     return found is not None
 
 
@@ -176,16 +183,13 @@ def _take_over(one: Evaluation, every: Sequence[Evaluation]) -> bool:
 
 
 def sample(wanted: Sequence[Evaluation], machine: Machine, note: Note) -> None:
-    """Draw what is missing of these into their parts: one vLLM for all models of one frame."""
-    with contextlib.ExitStack() as locks:
-        for one in wanted:
-            locks.enter_context(one.store.lock())
-        frames: dict[str, list[Evaluation]] = {}
-        for one in wanted:
-            if _missing(one):
-                frames.setdefault(subjects.frame_hash(one.model), []).append(one)
-        for group in frames.values():
-            _sample_together(group, machine, note)
+    """Draw what is missing of these into their parts, under their locks: one vLLM for all models of one frame."""
+    frames: dict[str, list[Evaluation]] = {}
+    for one in wanted:
+        if _missing(one):
+            frames.setdefault(subjects.frame_hash(one.model), []).append(one)
+    for group in frames.values():
+        _sample_together(group, machine, note)
 
 
 def _missing(one: Evaluation) -> int:
@@ -220,47 +224,71 @@ def _sample_together(group: Sequence[Evaluation], machine: Machine, note: Note) 
 # ---------------------------------------------------------------------------------------------------- grading
 
 
-def finish(one: Evaluation, every: Sequence[Evaluation], reward: Reward, note: Note) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Grader:
+    """What grades the samples of a task."""
+
+    reward: Reward
+    source: str
+    """reward_hash."""
+
+
+def finish(one: Evaluation, every: Sequence[Evaluation], grader: Grader, note: Note) -> None:
     """Write the table of an evaluation whose samples are there; grade anew what another version graded."""
-    source = reward_hash(reward)
+    settings = one.settings | {"reward_source": grader.source}
     if not one.store.table.is_file() and not _take_over(one, every):
         drawn = store.read_parts(one.store.parts)
         note(f"{one.subject.name}, {one.task.name}: grading {len(drawn)} responses")
-        one.store.finish(_graded(drawn, one, reward), one.settings | {"reward_source": source})
+        one.store.finish(_graded(drawn, one, grader), settings)
         return
-    rows, settings = one.store.read()
-    if settings.get("reward_source") != source:
+    rows, there = one.store.read()
+    if there.get("reward_source") != grader.source:
         note(f"{one.subject.name}, {one.task.name}: the reward has changed, {len(rows)} responses are graded anew")
         drawn = [{name: row[name] for name in store.SAMPLE_COLUMNS} for row in rows]
-        one.store.finish(_graded(drawn, one, reward), one.settings | {"reward_source": source})
+        one.store.finish(_graded(drawn, one, grader), settings)
 
 
-def _graded(drawn: Rows, one: Evaluation, reward: Reward) -> Rows:
-    return [tasks.graded(row, one.asked[row["prompt"]], reward) for row in drawn]
+def _graded(drawn: Rows, one: Evaluation, grader: Grader) -> Rows:
+    return [tasks.graded(row, one.asked[row["prompt"]], grader.reward) for row in drawn]
 
 
-def reward_hash(reward: Reward) -> str:
-    """sha256 of the source of a reward: its module's file, and the modules of a package `grading` beside it."""
-    path = Path(inspect.getsourcefile(inspect.unwrap(reward)) or __file__)
-    files = [path, *sorted((path.parent / "grading").glob("*.py"))]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+def reward_hash(task: Task) -> str:
+    """sha256 of the source of a reward: the files of the module that it is named in and of the one that it comes from,
+    and beside the first a package `grading` and `golden`, which this project's own reads with."""
+    function, named = functions.load(task.reward, *task.folders), task.reward.partition(":")[0]
+    modules = [sys.modules.get(name) for name in (named, getattr(function, "__module__", named))]
+    paths = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
+    beside = [*sorted((paths[0].parent / "grading").glob("*.py")), paths[0].parent / "golden.py"] if paths else []
+    files = dict.fromkeys(path for path in (*paths, *beside) if path.is_file())
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
 
 
 def _records(row: Sequence[Evaluation], ks: Sequence[int] | None) -> list[dict[str, Any]]:
-    """The evaluations of one task with their numbers; each is written beside its table, too."""
-    tables = {one.hash: one.store.read()[0] for one in row}
+    """The evaluations of one task with their numbers, pass@k and maj@k of these ks.
+
+    Beside its table each is written with those of all ks; and where nothing is compared now, with what it was compared
+    with before.
+    """
+    tables = {one.hash: one.store.read() for one in row}
     records = []
     for one in row:
-        numbers = summary.summarize(tables[one.hash], ks)
+        rows, settings = tables[one.hash]
         base = _base(one, row)
-        change = {} if base is None else {"against": _against(one, base, tables)}
-        record = {**_facts(one), **numbers, **change, "metrics": summary.metrics(numbers, one.task.name)}
-        write_json(one.store.numbers, record)
-        records.append(record)
+        change = {} if base is None else {"against": _against(one, base, rows, tables[base.hash][0])}
+        numbers = {**_facts(one, settings), **summary.summarize(rows), "metrics": summary.metrics(rows, one.task.name)}
+        write_json(one.store.numbers, numbers | (change or _compared_before(one, settings)))
+        records.append(numbers | (summary.of_subsets(rows, ks) if ks else {}) | change)
     return records
+
+
+def _compared_before(one: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
+    """`against` of the record that is there, if that is of the same grades."""
+    record = json.loads(one.store.numbers.read_text()) if one.store.numbers.is_file() else {}
+    same = record.get("reward_source") == settings.get("reward_source")
+    return {"against": record["against"]} if same and "against" in record else {}
 
 
 def _base(one: Evaluation, row: Sequence[Evaluation]) -> Evaluation | None:
@@ -271,11 +299,11 @@ def _base(one: Evaluation, row: Sequence[Evaluation]) -> Evaluation | None:
     return None if found is None or found.subject.path == one.subject.path else found
 
 
-def _against(one: Evaluation, base: Evaluation, tables: dict[str, Rows]) -> dict[str, Any]:
-    return {"subject": base.subject.name, "hash": base.hash, **summary.against(tables[one.hash], tables[base.hash])}
+def _against(one: Evaluation, base: Evaluation, rows: Rows, start: Rows) -> dict[str, Any]:
+    return {"subject": base.subject.name, "hash": base.hash, **summary.against(rows, start)}
 
 
-def _facts(one: Evaluation) -> dict[str, Any]:
+def _facts(one: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "subject": one.subject.name,
         "step": one.subject.step,
@@ -286,5 +314,7 @@ def _facts(one: Evaluation) -> dict[str, Any]:
         "model": {"path": str(one.model), "sha256": one.settings["model"]},
         "data": {"path": str(one.task.file), "sha256": one.settings["data"]},
         "reward": one.task.reward,
+        "options": dict(one.task.options),
+        "reward_source": settings.get("reward_source"),
         **{name: getattr(one.sampling, name) for name in _SAMPLED if name != "samples"},
     }

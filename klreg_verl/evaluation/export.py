@@ -43,7 +43,7 @@ def export(checkpoint: Path, folder: Path, *, dtype: str = "auto", facts: dict[s
         raise ValueError(f"{checkpoint} holds no weights of verl's FSDP workers (model_world_size_*_rank_*.pt).")
     described = actor / "huggingface"
     models.require_described(described)
-    card = {**(facts or {}), "source": source(actor)}
+    card = {**(facts or {}), "source": source(actor), "asked": dtype}
     make_folder(folder, lambda out: _fill(out, actor, described, dtype, card))
     return folder
 
@@ -55,8 +55,9 @@ def source(actor: Path) -> dict[str, list[int]]:
 
 
 def is_current(folder: Path, actor: Path) -> bool:
-    """Whether a folder is the export of these shards."""
-    return card(folder).get("source") == source(actor)
+    """Whether a folder is the export of these shards in the configuration's own dtype."""
+    there = card(folder)
+    return (there.get("source"), there.get("asked")) == (source(actor), "auto")
 
 
 def card(folder: Path) -> dict[str, Any]:

@@ -52,9 +52,10 @@ def legend(found: Sequence[Mapping[str, Any]]) -> list[str]:
         "pass@k    at least one of k right, maj@k: the most frequent answer of k right; exact means over all subsets",
         "distinct  different right answers per prompt; cut: responses at the token limit",
     ]
-    if any(one.get("against") for one in found):
+    if names := {one["against"]["subject"] for one in found if one.get("against")}:
+        start = names.pop() if len(names) == 1 else "the start of its own run"
         lines += [
-            f"gain      of accuracy over {found[0]['subject']}, prompt by prompt, with its 95 % interval",
+            f"gain      of accuracy over {start}, prompt by prompt, with its 95 % interval",
             "new, lost prompts solved (any sample right) only now, or only before; chance: as many of each are",
             "          expected if nothing had changed",
         ]
@@ -64,8 +65,8 @@ def legend(found: Sequence[Mapping[str, Any]]) -> list[str]:
 def _warnings(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """What makes a zero no wrong answer."""
     return [
-        f"{one['subject']}: {one['timeouts']} gradings timed out, {one['errors']} failed (columns `timeout`, `error` "
-        f"of {one['file']}); they count as wrong"
+        f"{one['subject']}: {one['timeouts']} gradings ended without a verdict, {one['errors']} failed (columns "
+        f"`timeout`, `error` of {one['file']}); they count as wrong"
         for one in found
         if one["timeouts"] or one["errors"]
     ]

@@ -45,7 +45,7 @@ class Subject:
             return self.path
         target = self.exported
         if target.is_dir() and not export.is_current(target, actor):
-            note(f"{target} is of other weights than the checkpoint's: exported anew")
+            note(f"{target} is of other weights than the checkpoint's, or of another dtype: exported anew")
             _remove(target)
         if not target.is_dir():
             note(f"exporting {self.name} to {target}")
@@ -55,9 +55,11 @@ class Subject:
 
     @property
     def exported(self) -> Path:
-        """Where the export of this checkpoint goes by default."""
-        root = self.evals.parent if self.run is None else self.run.path
-        return root / "exports" / f"step{self.step}"
+        """Where the export of this checkpoint goes by default; beside other checkpoints' where it belongs to no run."""
+        if self.run is not None:
+            return self.run.path / "exports" / f"step{self.step}"
+        place = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:8]
+        return self.evals.parent / "exports" / f"step{self.step}-{place}"
 
 
 def find(text: str, out: Path | None = None) -> list[Subject]:
@@ -89,17 +91,12 @@ def start_of(run: RunFolder) -> Subject:
             f"{run.path}: its starting model, {path}, is not there any more. Give it with --start FOLDER, or leave the "
             "comparison out with --no-start."
         )
-    return Subject(name=f"{label(spec)} start", step=0, path=path, evals=run.evals_dir, run=run, is_start=True)
+    return Subject(name=f"{spec.run_id} start", step=0, path=path, evals=run.evals_dir, run=run, is_start=True)
 
 
 def read_provenance(run: RunFolder) -> dict[str, Any]:
     """provenance.json; empty where there is none."""
     return json.loads(run.provenance_path.read_text()) if run.provenance_path.is_file() else {}
-
-
-def label(spec: RunSpec) -> str:
-    """A run in a table: its path below the recipe's folder."""
-    return spec.run_id
 
 
 def _run(place: Path) -> RunFolder | None:
@@ -132,7 +129,7 @@ def _of_run(run: RunFolder, which: str, text: str) -> list[Subject]:
 
 def _checkpoint_of(run: RunFolder, step: int) -> Subject:
     path = checkpoints.step_folder(run.checkpoints_dir, step)
-    return Subject(name=f"{label(_spec(run))} step {step}", step=step, path=path, evals=run.evals_dir, run=run)
+    return Subject(name=f"{_spec(run).run_id} step {step}", step=step, path=path, evals=run.evals_dir, run=run)
 
 
 def _of_checkpoint(path: Path, out: Path | None) -> Subject | None:

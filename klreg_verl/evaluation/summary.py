@@ -13,28 +13,19 @@ from klreg_verl.evaluation.store import Rows
 Summary = dict[str, Any]
 
 
-def summarize(rows: Rows, ks: Sequence[int] | None = None) -> Summary:
-    """Accuracy, pass@k, maj@k, uniqueness and length of the samples of every prompt.
+def summarize(rows: Rows) -> Summary:
+    """Accuracy, pass@k, maj@k (k = 1, 2, 4, ... and the number of samples), uniqueness and length.
 
-    Args:
-        rows: graded samples, equally many of each prompt.
-        ks: the k of pass@k and maj@k; by default 1, 2, 4, ... and the number of samples.
-
-    Raises:
-        ValueError: no samples, prompts with different numbers of them, or a k above that number.
+    `rows` are graded samples, equally many of each prompt. Raises ValueError where they are not, or there are none.
     """
     groups = by_prompt(rows)
-    samples = len(next(iter(groups.values())))
-    ks = tuple(ks or passk.powers_up_to(samples))
-    right = [sum(row["valid"] for row in group) for group in groups.values()]
-    votes = [[(row["answer"], float(row["valid"])) for row in group] for group in groups.values()]
+    samples, right = _right(groups)
     return {
         "prompts": len(groups),
         "samples": samples,
         "accuracy": _interval([count / samples for count in right]),
         "score": _mean(rows, "score"),
-        "pass": {str(k): _interval(passk.pass_at_k(right, samples, k)) for k in ks},
-        "maj": {str(k): _interval(passk.maj_at_k(votes, k)) for k in ks},
+        **of_subsets(rows, passk.powers_up_to(samples)),
         "solved": sum(count > 0 for count in right),
         **uniqueness(list(groups.values())),
         "length": _lengths(rows),
@@ -43,6 +34,22 @@ def summarize(rows: Rows, ks: Sequence[int] | None = None) -> Summary:
         "timeouts": int(sum(row["timeout"] > 0 for row in rows)),
         "errors": int(sum(bool(row["error"]) for row in rows)),
     }
+
+
+def of_subsets(rows: Rows, ks: Sequence[int]) -> Summary:
+    """pass@k and maj@k. Raises ValueError for a k above the number of samples of a prompt."""
+    groups = by_prompt(rows)
+    samples, right = _right(groups)
+    votes = [[(row["answer"], float(row["valid"])) for row in group] for group in groups.values()]
+    return {
+        "pass": {str(k): _interval(passk.pass_at_k(right, samples, k)) for k in ks},
+        "maj": {str(k): _interval(passk.maj_at_k(votes, k)) for k in ks},
+    }
+
+
+def _right(groups: Mapping[int, Rows]) -> tuple[int, list[int]]:
+    """Samples of a prompt, and how many of each prompt's are right."""
+    return len(next(iter(groups.values()))), [sum(row["valid"] for row in group) for group in groups.values()]
 
 
 def by_prompt(rows: Rows) -> dict[int, Rows]:
@@ -98,13 +105,26 @@ def against(rows: Rows, start: Rows) -> Summary:
     }
 
 
-def metrics(summary: Summary, task: str) -> dict[str, float]:
-    """The numbers under the keys of metrics.jsonl: a retained skill's accuracy is retention/<skill>."""
-    accuracy = summary["accuracy"]["mean"]
+def metrics(rows: Rows, task: str) -> dict[str, float]:
+    """Accuracy and pass@k under the keys of metrics.jsonl: eval/<data_source>/... for each source of the file.
+
+    A skill's accuracy is retention/<skill>; a task `skill/<name>` is one skill, whatever its file calls it.
+    """
     if task.startswith("skill/"):
-        return {f"retention/{task.removeprefix('skill/')}": accuracy}
-    shares = {f"eval/{task}/pass@{k}": value["mean"] for k, value in summary["pass"].items()}
-    return {f"eval/{task}/accuracy": accuracy, **shares}
+        return _metrics(rows, task)
+    sources = dict.fromkeys(row["data_source"] for row in rows)
+    parts = (_metrics([row for row in rows if row["data_source"] == source], source) for source in sources)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _metrics(rows: Rows, source: str) -> dict[str, float]:
+    samples, right = _right(by_prompt(rows))
+    accuracy = sum(right) / (samples * len(right))
+    if source.startswith("skill/"):
+        return {f"retention/{source.removeprefix('skill/')}": accuracy}
+    ks = passk.powers_up_to(samples)
+    shares = {f"eval/{source}/pass@{k}": float(passk.pass_at_k(right, samples, k).mean()) for k in ks}
+    return {f"eval/{source}/accuracy": accuracy, **shares}
 
 
 def _interval(values: Any) -> dict[str, float | None]:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep import functions
 from klreg_verl.evaluation.store import Rows
 from klreg_verl.evaluation.subjects import Note, Subject, read_provenance
-from klreg_verl.experiment.own_code import own_modules
 
-Reward = Callable[..., Any]
+Reward = Callable[[Mapping[str, Any], str], Any]
+"""(a row of `read`, a response) -> what the task's function returns."""
 
 OWN = "own"
 """The task of a run."""
 RETENTION = "retention"
 """The skills that a run's recipe says it is to retain."""
-REWARD = "data_prep.rewards:compute_score"
 SKILL_PROMPTS = 64
 """Of a built-in skill, where nothing says how many."""
 
@@ -30,10 +30,17 @@ class Task:
     name: str
     """In file names, keys and tables."""
     file: Path
-    reward: str = REWARD
+    reward: str = functions.OURS
     """`pkg.module:function` with verl's custom-reward signature."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of the function."""
     root: str | None = None
     """Where a user's own reward module lies, besides the current folder."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where the reward's module is looked for."""
+        return (*([] if self.root is None else [Path(self.root)]), Path.cwd())
 
 
 def find(
@@ -48,11 +55,11 @@ def find(
         subjects: what is evaluated on it.
         cache: where built files live.
         size: how many prompts a built-in skill gets.
-        reward: the user's, in place of the task's.
+        reward: the user's, in place of the task's; it gets no options.
         note: told what is built.
 
     Raises:
-        ValueError: there is no such task; or the runs have different ones.
+        ValueError: there is no such task; or the runs have different ones, or different prompts of a skill.
     """
     if name == RETENTION:
         found = _retained(subjects, cache, size, note)
@@ -66,10 +73,16 @@ def _retained(subjects: list[Subject], cache: Path, size: int | None, note: Note
     specs = [spec for one in subjects if one.run is not None and (spec := one.run.spec()) is not None]
     found: dict[str, Task] = {}
     for spec in specs:
+        options = spec.task.reward_options if spec.task.reward is None else {}  # a user's reward grades no skill
         for name, skill in spec.retention.skills.items():
             file = None if skill.val is None else Path(skill.val)
-            number = size or spec.retention.prompts
-            found.setdefault(name, _skill(name, file, number, skill.options, cache, note))
+            task = _skill(name, file, size or spec.retention.prompts, skill.options, cache, note)
+            task = replace(task, options=dict(options))
+            if found.setdefault(name, task) != task:
+                raise ValueError(
+                    f"The runs have different prompts or reward options of the skill {name} ({_what(found[name])}; "
+                    f"{_what(task)}). Evaluate them apart, or name one file with --task."
+                )
     if not found:
         raise ValueError("No recipe of these runs says `retention: {skills: ...}`. Name a skill or a file with --task.")
     return list(found.values())
@@ -88,13 +101,19 @@ def _skill(name: str, file: Path | None, size: int, options: Mapping[str, Any], 
 
 def _own(subjects: list[Subject]) -> Task:
     runs = {subject.run.path: subject.run for subject in subjects if subject.run is not None}
-    tasks = {_task_of_run(run) for run in runs.values()}
+    tasks = [_task_of_run(run) for run in runs.values()]
     if not tasks:
         raise ValueError(f"A model folder has no task of its own. Say which: --task {_known()}.")
-    if len(tasks) > 1:
-        names = ", ".join(sorted(str(task.file) for task in tasks))
+    if others := [task for task in tasks if replace(task, name=tasks[0].name) != tasks[0]]:
+        names = "; ".join(dict.fromkeys(map(_what, [tasks[0], *others])))
         raise ValueError(f"The runs have different tasks ({names}). Evaluate them apart, or name one with --task.")
-    return tasks.pop()
+    return tasks[0]
+
+
+def _what(task: Task) -> str:
+    """What tells tasks apart, as text."""
+    parts = (task.file, task.reward, dict(task.options) or None, task.root)
+    return ", ".join(str(part) for part in parts if part is not None)
 
 
 def _task_of_run(run: Any) -> Task:
@@ -104,7 +123,13 @@ def _task_of_run(run: Any) -> Task:
         raise ValueError(
             f"{run.path}: its validation file, {path or '(never built)'}, is not there any more. Name a file: --task."
         )
-    return Task(name=spec.task_name, file=Path(path), reward=spec.task.reward or REWARD, root=spec.root)
+    return Task(
+        name=spec.task_name,
+        file=Path(path),
+        reward=spec.task.reward or functions.OURS,
+        options=dict(spec.task.reward_options),
+        root=spec.root if spec.task.reward else None,
+    )
 
 
 def _named(name: str, cache: Path, size: int | None, note: Note) -> Task:
@@ -152,50 +177,48 @@ def read(task: Task, limit: int | None) -> Rows:
 
 
 def reward_function(task: Task) -> Reward:
-    """The function itself. Raises ValueError where it cannot be imported."""
-    module, colon, name = task.reward.partition(":")
-    if not colon:
-        raise ValueError(f"The reward {task.reward!r} is not of the form pkg.module:function.")
-    try:
-        with own_modules(), own_modules(task.root):
-            found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # a user's module can fail in any way
-        raise ValueError(f"The reward {task.reward}: cannot import {module!r} ({error}).") from error
-    if not callable(found):
-        raise ValueError(f"The reward {task.reward}: {module!r} has no function {name!r}.")
-    return found
+    """The task's function with its options and its folders. Raises ValueError where it cannot be imported."""
+    function, folders = functions.load(task.reward, *task.folders), task.folders
+
+    def reward(asked: Mapping[str, Any], text: str) -> Any:
+        given = {"data_source": asked["data_source"], "ground_truth": asked["ground_truth"], "solution_str": text}
+        return functions.call(function, *folders, **given, extra_info=dict(asked["extra_info"]), **task.options)
+
+    return reward
 
 
 def graded(row: Mapping[str, Any], asked: Mapping[str, Any], reward: Reward) -> dict[str, Any]:
     """A sample with its grade, in the columns of the table.
 
-    A reward that raises gives 0 and its message in `error`: counted and shown, never a silent zero. Right is what the
-    reward's `acc` says, or a positive score where there is no `acc`, as in a run; without a `pred` the answer is the
-    response itself.
+    A reward that raises, or returns what is no grade, gives 0 and its message in `error`: counted and shown, never a
+    silent zero. Right is what the reward's `acc` says, or a positive score where there is no `acc`, as in a run;
+    without a `pred` the answer is the response itself.
     """
     text, info = row["response"], asked["extra_info"]
-    grade, error = _call(reward, asked, text)
-    score = float(grade.get("score", 0.0))
-    valid = float(grade.get("acc", score)) > 0
+    try:
+        grade = {**_grade(reward(asked, text), text), "error": ""}
+    except Exception as error:  # a user's function can fail in any way
+        grade = {**_grade(0.0, text), "error": f"{type(error).__name__}: {error}"}
     return {
         **row,
         "data_source": asked["data_source"],
         "question": asked["text"],
         "ground_truth": asked["ground_truth"],
         "num_valid": None if info.get("num_valid") in (None, "") else str(info["num_valid"]),
-        "score": score,
-        "valid": valid,
-        "answer": str(grade.get("pred", text)).strip(),
-        "format_ok": float(grade.get("format_ok", 1.0)),
-        "timeout": float(grade.get("timeout", 0.0)),
-        "error": error,
+        **grade,
     }
 
 
-def _call(reward: Reward, asked: Mapping[str, Any], text: str) -> tuple[Mapping[str, Any], str]:
-    names = {name: asked[name] for name in ("data_source", "ground_truth")}
-    try:
-        found = reward(solution_str=text, extra_info=dict(asked["extra_info"]), **names)
-        return (found if isinstance(found, Mapping) else {"score": float(found)}), ""
-    except Exception as error:  # a user's function can fail in any way
-        return {"score": 0.0}, f"{type(error).__name__}: {error}"
+def _grade(returned: Any, text: str) -> dict[str, Any]:
+    """The columns that a reward's return value fills. Raises what the conversions raise."""
+    given = returned if isinstance(returned, Mapping) else {"score": returned}
+    score = float(given["score"])
+    if not math.isfinite(score):
+        raise ValueError(f"score {score}")
+    return {
+        "score": score,
+        "valid": float(given.get("acc", score)) > 0,
+        "answer": str(given.get("pred", text)).strip(),
+        "format_ok": float(given.get("format_ok", 1.0)),
+        "timeout": float(given.get("timeout", 0.0)),
+    }
