@@ -116,6 +116,32 @@ def test_less_than_two_pairs_are_undecided_and_said(tmp_path: Path) -> None:
     )
 
 
+def test_equal_differences_of_few_seeds_are_undecided_and_said(tmp_path: Path) -> None:
+    for arm in ("none", "reverse"):
+        write(tmp_path, arm, {1: 1.0, 2: 1.0, 3: 1.0}, registered={"c": COVERAGE})
+    (verdict,) = judged(tmp_path)
+    assert verdict.decision.outcome == "undecided"
+    (told,) = claims.sentences([verdict])
+    assert "c: undecided. diversity/coverage of reverse minus none +0.000 in each of 3 seeds, 5 are needed." in told
+    assert "All 3 differences are equal: below 5 pairs that says nothing about their spread." in told
+
+
+def test_a_claim_at_one_beta_says_nothing_of_runs_at_another(tmp_path: Path) -> None:
+    at = ClaimSpec(
+        metric="diversity/coverage",
+        contrast=("reverse", "forward"),
+        margin=0.05,
+        task="palindrome",
+        compare="beta",
+        at=0.1,
+    )
+    for arm in ("reverse", "forward"):
+        for beta, status in ((0.1, "done"), (0.3, "failed")):
+            block = KL_BLOCKS[arm] | {"beta": beta}
+            write(tmp_path, arm, NONE, registered={"c": at}, block=block, grid=(f"kl.beta={beta}",), status=status)
+    assert not any("Left out" in note for note in judged(tmp_path)[0].notes)
+
+
 def test_a_metric_that_no_run_records_is_said(tmp_path: Path) -> None:
     write(tmp_path, "none", NONE, registered={"c": ACCURACY})
     write(tmp_path, "reverse", against(FAR), registered={"c": ACCURACY})

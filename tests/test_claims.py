@@ -76,6 +76,7 @@ def test_a_base_has_claims_too_and_overrides_reach_them(tmp_path: Path) -> None:
     [
         (claim(metric="coverage"), "claims.c.metric: 'coverage' is no key of metrics.jsonl. They begin with actor"),
         (claim(metric="speed/x"), "'speed/x' is no key of metrics.jsonl"),
+        (claim(metric="explore/x"), "'explore/x' is no key of metrics.jsonl"),
         (claim(contrast="[reverse]"), "claims.c.contrast: [reverse] is not two different arms"),
         (claim(contrast="[reverse, reverse]"), "[reverse, reverse] is not two different arms"),
         (claim(contrast="[reverse, backward]"), "there is no arm 'backward'. Known: none, reverse, forward."),
@@ -83,7 +84,8 @@ def test_a_base_has_claims_too_and_overrides_reach_them(tmp_path: Path) -> None:
         (claim(task="maths"), "claims.c.task: there is no task 'maths'. Known: palindrome."),
         (claim(at="0.1"), "claims.c.at: 0.1 has no effect with `compare: end`."),
         (claim(compare="beta"), "claims.c.at: missing. `compare: beta` needs the beta to compare at."),
-        (claim(compare="kl", at="-1"), "claims.c.at: -1.0 is not positive"),
+        (claim(compare="kl", at="-1"), "claims.c.at: -1.0 is not positive: there only the starting model is."),
+        (claim(compare="beta", at="0"), "0.0 is not positive: there is no KL term; name an arm without one."),
         (claim(compare="middle"), "'middle' is not one of end, beta, kl"),
         (claim(compare="beta", at="0.1"), "claims.c.at: the arm none has no run at beta 0.1 (it is run at no beta)."),
         (
@@ -106,6 +108,12 @@ def test_a_base_has_claims_too_and_overrides_reach_them(tmp_path: Path) -> None:
 def test_a_claim_that_no_run_can_decide_is_refused_with_its_place(tmp_path: Path, text: str, message: str) -> None:
     told = refusal(tmp_path, text if text.startswith("question") else TEXT + text)
     assert message in told and told.startswith(str(tmp_path / "study.yaml:"))
+
+
+def test_a_grid_over_more_than_beta_is_no_line_over_kl(tmp_path: Path) -> None:
+    text = TEXT.replace("kl: {beta: 0.1}", "grid: {kl.beta: [0.1, 0.3], train.learning_rate: [1.0e-5, 1.0e-4]}")
+    told = refusal(tmp_path, text + claim(compare="kl", at="1", contrast="[reverse, forward]"))
+    assert "claims.c.compare: kl: the arm reverse has several grid points at one beta" in told
 
 
 def test_all_wrong_claims_are_told_at_once(tmp_path: Path) -> None:

@@ -98,6 +98,13 @@ def test_what_training_logged_comes_first(tmp_path: Path) -> None:
     assert endpoints.endpoint(run, ACCURACY) == 0.3 and endpoints.settings(run, ACCURACY) is None
 
 
+def test_a_validation_before_training_alone_does_not_hide_what_klreg_eval_left(tmp_path: Path) -> None:
+    run = run_of(tmp_path, [{"step": 0, ACCURACY: 0.1}, *({"step": step, "x": 1.0} for step in range(1, 21))])
+    evaluate(run.path, 20, HALF)
+    assert ACCURACY in run.training and endpoints.endpoint(run, ACCURACY) == 0.5
+    assert endpoints.settings(run, ACCURACY) is not None
+
+
 def test_evaluations_of_several_settings_are_not_mixed(tmp_path: Path) -> None:
     run = run_of(tmp_path, STEPS)
     evaluate(run.path, 10, HALF, name="a", temperature=0.6)
@@ -146,6 +153,22 @@ def test_held_out_prompts_are_those_of_the_last_evaluation(tmp_path: Path) -> No
     evaluate(run.path, 20, [[True, False], [False, False], [True, True]])
     assert endpoints.prompt_values(run, ACCURACY) == {(0,): 0.5, (1,): 0.0, (2,): 1.0}
     assert endpoints.prompt_values(run, PASS) == {}
+
+
+def test_held_out_prompts_are_of_the_evaluations_that_the_value_is_the_mean_of(tmp_path: Path) -> None:
+    run = run_of(tmp_path, STEPS)
+    for step, right in ((5, ALL), (10, HALF), (15, HALF), (20, ALL)):
+        evaluate(run.path, step, right)
+    # the last three: (1/2 + 1/2 + 1) / 3 on both prompts
+    found = endpoints.prompt_values(run, ACCURACY)
+    assert found == {(0,): pytest.approx(2 / 3), (1,): pytest.approx(2 / 3)}
+    assert endpoints.endpoint(run, ACCURACY) == pytest.approx(sum(found.values()) / 2)
+
+
+def test_a_value_that_training_logged_has_no_prompts_of_another_evaluation(tmp_path: Path) -> None:
+    run = run_of(tmp_path, [*STEPS[:20], {"step": 20, ACCURACY: 0.3}])
+    evaluate(run.path, 20, ALL)
+    assert endpoints.prompt_values(run, ACCURACY) == {}
 
 
 def test_held_out_prompts_are_drawn_together_over_seeds(tmp_path: Path) -> None:

@@ -158,3 +158,14 @@ def test_an_overview_of_an_unknown_task_names_the_known_ones(study, tmp_path):
         ValueError, match="no run of task 'chess' with a training step. Tasks that have one: palindrome."
     ):
         figures.draw_overview(study, tmp_path / "x.png", task="chess")
+
+
+def test_runs_at_one_beta_that_differ_in_something_else_are_joined_to_no_frontier(tmp_path):
+    (panel, *_) = figures.FRONTIERS
+    steps = [{"step": step, "train/accuracy": 0.5, "kl_ref/k1_response": 1.0} for step in (1, 2)]
+    for beta in (0.1, 0.3):
+        write_run(tmp_path / "betas", "reverse", steps, grid=(f"beta={beta}",), kl={"beta": beta})
+        for rate in (1, 2):
+            write_run(tmp_path / "both", "reverse", steps, grid=(f"beta={beta},rate={rate}",), kl={"beta": beta})
+    assert figures.has_frontier(group_runs(load(tmp_path / "betas")), panel)
+    assert not figures.has_frontier(group_runs(load(tmp_path / "both")), panel)

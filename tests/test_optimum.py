@@ -167,3 +167,12 @@ def test_per_token_terms_have_another_optimum_than_the_whole_divergence():
 
     assert ascend(charge_later=True) == pytest.approx(whole, abs=1e-6)
     assert ascend(charge_later=False) == pytest.approx(per_token, abs=1e-6)
+
+
+def test_a_beta_whose_exponential_is_beyond_a_float_turns_any_chance_into_certainty():
+    # exp(-1 / 0.001) = exp(-1000) = 0: p / (p + 0) = 1 at p = 0.2, and p = 0 stays 0
+    assert optimal_accuracy(np.array([0.0, 0.2, 1.0]), 1e-3, "reverse").tolist() == [0.0, 1.0, 1.0]
+    never = [Answers(num_samples=8, counts=(), num_possible=4), Answers(num_samples=8, counts=(2,), num_possible=4)]
+    found = predict(never, 1e-3, "reverse", samples=2)
+    assert (found.low, found.high) == (0.5, 1.0)  # 0 and 1 on the two prompts; one p = 1/8 for both
+    assert np.isfinite([found.accuracy, found.kl, found.objective, found.distinct]).all()

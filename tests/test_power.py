@@ -65,8 +65,8 @@ def test_a_metric_that_no_run_has_is_refused(study: Path) -> None:
         power.spreads(runs.load(study), ["entropy/token"])
 
 
-def test_without_a_spread_equality_is_shown_by_two_seeds() -> None:
-    assert power.needed(Question(margin=0.1, difference=0.1), 0.0) == {"difference": 2, "margin": 2}
+def test_without_a_spread_everything_is_shown_by_five_seeds() -> None:
+    assert power.needed(Question(margin=0.1, difference=0.1), 0.0) == {"difference": 5, "margin": 5}
 
 
 # ---------------------------------------------------------------------------------------------------- klreg plan

@@ -44,6 +44,7 @@ def test_arms_whose_optimum_is_known(kl: dict[str, Any], direction: str, is_exac
     [
         (spec({"placement": "none"}), "the optimum is accuracy 1, at any distance"),
         (spec({}), "the optimum is accuracy 1, at any distance"),
+        (spec(REVERSE | {"beta": 0.0}), "beta 0 or none: the optimum is accuracy 1"),
         (spec(REVERSE | {"controller": {"kind": "matched_kl"}}), "its beta moves"),
         (spec(REVERSE | {"shaping": {"kind": "clip"}}), "shaped or capped"),
         (spec(REVERSE, reference={"ema": 0.99}), "its reference moves"),

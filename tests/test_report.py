@@ -12,6 +12,7 @@ from klreg_verl.analysis import report
 from klreg_verl.analysis.runs import load
 from klreg_verl.experiment import claims as claiming
 from klreg_verl.experiment.claims import ClaimSpec
+from klreg_verl.experiment.store import RunFolder
 
 VOID = {"meta", "br"}
 
@@ -90,7 +91,7 @@ def test_the_page_states_gradients_cards_and_samples(html):
         "k3 in the loss: per token the gradient of KL(reference || policy), on the policy&#x27;s own prefixes." in html
     )
     assert "0123456789abcdef0123456789abcdef01234567" in html
-    assert "(500 characters, in provenance.json)" in html
+    assert "(500 characters, sha256 " in html
     assert "palindrome, step 1" in html and "palindrome, step 40" in html
     assert "24 possible valid answers" in html
 
@@ -153,11 +154,11 @@ def test_values_worked_out_by_hand_are_in_the_report(tmp_path):
     written = report.write_report(tmp_path)
     assert "| none | no KL term | 0.500 ± 0.033 | 0.250 ± 0.000 | 20 of 20 | 10 steps |" in written.markdown.read_text()
     assert '<td class="number">0.500<small>± 0.033</small></td>' in written.html.read_text()
-    assert report.summary_lines(load(tmp_path)) == [
+    assert written.lines == (
         "arm   gradient follows  Accuracy       KL (k1)        steps     ± over",
         "none  no KL term        0.500 ± 0.033  0.250 ± 0.000  20 of 20  10 steps",
         "Means of the last ten steps.",
-    ]
+    )
 
 
 def test_failed_running_missing_and_broken_runs_are_named(tmp_path):
@@ -168,7 +169,8 @@ def test_failed_running_missing_and_broken_runs_are_named(tmp_path):
     write_run(tmp_path, "forward", [], steps=12, status="running")
     (tmp_path / "forward" / "palindrome" / "seed2").mkdir()
     planned = ["none/palindrome/seed1", "none/palindrome/seed2"]
-    written = report.write_report(tmp_path, {"planned": planned})
+    with RunFolder(tmp_path / "forward" / "palindrome" / "seed1").lock():
+        written = report.write_report(tmp_path, {"planned": planned})
     html, text = written.html.read_text(), written.markdown.read_text()
     outline(html)
     assert "1 of 5 runs done" in html
@@ -178,9 +180,8 @@ def test_failed_running_missing_and_broken_runs_are_named(tmp_path):
     assert "- `forward/palindrome/seed1`: running at step 0" in text
     assert "- `forward/palindrome/seed2`: pending at step 0: spec.json is missing" in text
     assert "- `none/palindrome/seed2`: not started" in text
-    lines = report.summary_lines(load(tmp_path))
     waiting = ["forward/palindrome/seed1 (running)", "forward/palindrome/seed2 (pending)"]
-    assert lines[-1] == f"Not done: {', '.join([*waiting, 'reverse/palindrome/seed1 (failed)'])}"
+    assert written.lines[-1] == f"Not done: {', '.join([*waiting, 'reverse/palindrome/seed1 (failed)'])}"
 
 
 def test_a_run_without_metrics_and_a_folder_without_runs_make_a_report(tmp_path):
@@ -191,7 +192,7 @@ def test_a_run_without_metrics_and_a_folder_without_runs_make_a_report(tmp_path)
     assert written.figures == ()
     write_run(tmp_path / "bare", "none", [])
     outline(report.write_report(tmp_path / "bare").html.read_text())
-    assert report.summary_lines([]) == ["No runs."]
+    assert report.write_report(tmp_path / "empty").lines == ("No runs.",)
 
 
 def test_metrics_that_nobody_recorded_are_named(tmp_path):
@@ -230,7 +231,7 @@ def test_several_tasks_have_their_own_figures(tmp_path):
 def test_the_terminal_summary_never_exceeds_fifteen_lines(tmp_path):
     for index in range(20):
         write_run(tmp_path, f"arm{index:02d}", [{"step": 1, "train/accuracy": 0.5}], status="failed")
-    lines = report.summary_lines(load(tmp_path))
+    lines = report.write_report(tmp_path).lines
     assert len(lines) <= 15
     assert "... and 10 more in summary.csv" in lines
     assert lines[-1].endswith("arm03/palindrome/seed1 (failed) and 16 more")
@@ -273,9 +274,7 @@ def test_claims_are_in_the_page_the_markdown_the_table_and_the_terminal(tmp_path
     assert sentence in paths.markdown.read_text() and sentence in paths.html.read_text()
     assert "Holm's correction of the p-values inside this list" in paths.markdown.read_text()
     assert (tmp_path / "claims.csv").read_text().splitlines()[1].startswith("kept,diversity/coverage,palindrome,")
-    assert report.summary_lines(load(tmp_path))[-1].startswith(
-        "kept  differs: diversity/coverage of reverse minus none +0.09"
-    )
+    assert paths.lines[-1].startswith("kept  differs: diversity/coverage of reverse minus none +0.09")
 
 
 def test_a_claim_that_only_the_recipe_has_is_shown_as_exploratory(tmp_path):
@@ -294,7 +293,7 @@ def test_many_claims_leave_the_terminal_summary_at_15_lines(tmp_path):
     entry = {"claims": claiming.card(many, None, "monday")}
     for arm in [*(f"arm{number}" for number in range(12)), "none", "reverse"]:
         write_run(tmp_path, arm, [{"step": 1, "diversity/coverage": 0.5}], provenance=card(arm, 1) | entry)
-    lines = report.summary_lines(load(tmp_path))
+    lines = report.write_report(tmp_path).lines
     assert len(lines) == 15 and lines[-1] == "..." and any(line.startswith("c0") for line in lines)
 
 

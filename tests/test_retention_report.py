@@ -58,6 +58,15 @@ def test_a_skill_is_compared_within_each_run(tmp_path: Path):
     assert retention.retained_cells([once])[0][2:] == ("–", "–")  # measured once: no after
 
 
+def test_a_run_that_failed_is_in_neither_before_nor_after(tmp_path: Path):
+    write_seed(tmp_path / "study", 1, [0.9, None, 0.5])
+    failed = write_seed(tmp_path / "study", 2, [0.1, 0.0, None])
+    (failed / "state.json").write_text('{"status": "failed"}')
+    write_seed(tmp_path / "study", 3, [0.3, None, None])  # finished, never measured again
+    ((_, (spell,)),) = retention.retained(group_runs(load(tmp_path / "study")))
+    assert (spell.before.mean, spell.after.mean, spell.change.mean) == pytest.approx((0.9, 0.5, -0.4))
+
+
 def test_evaluations_are_listed_by_task_run_and_step(tmp_path: Path):
     run = write_seed(tmp_path / "study", 1, [None] * 3)
     change = {"solved_new": [3, 4], "solved_lost": [7], "by_chance": 0.84}

@@ -97,9 +97,17 @@ def test_one_pair_and_none_have_no_test():
         assert math.isnan(found.interval()[0]) and math.isnan(found.p_flips())
 
 
-def test_differences_without_spread_are_sure():
-    assert of([0.0, 0.0, 0.0]).p_difference() == 1.0 and of([0.0, 0.0, 0.0]).p_equivalence(0.1) == 0.0
-    assert of([0.5, 0.5, 0.5]).p_difference() == 0.0 and of([0.5, 0.5, 0.5]).p_equivalence(0.1) == 1.0
+def test_five_differences_without_spread_are_sure():
+    assert of([0.0] * 5).p_difference() == 1.0 and of([0.0] * 5).p_equivalence(0.1) == 0.0
+    assert of([0.5] * 5).p_difference() == 0.0 and of([0.5] * 5).p_equivalence(0.1) == 1.0
+
+
+@pytest.mark.parametrize("num", [2, 3, 4])
+def test_fewer_differences_without_spread_decide_nothing(num):
+    for value in (0.0, 0.5):
+        found = of([value] * num)
+        assert math.isnan(found.p_difference()) and math.isnan(found.interval()[1])
+        assert decide([found], [0.1])[0].outcome == "undecided"
 
 
 def test_rounding_errors_are_no_spread():

@@ -32,6 +32,7 @@ from klreg_verl.analysis.runs import Run
 from klreg_verl.core.statistics import (
     LEVEL,
     MAX_SEEDS,
+    SURE,
     Decision,
     Noise,
     Paired,
@@ -80,8 +81,13 @@ class Verdict:
 
 def of_arm(runs: Sequence[Run], claim: ClaimSpec, arm: str) -> list[Run]:
     """The finished runs of one arm that a claim compares."""
-    found = [run for run in runs if (run.arm, run.task) == (arm, claim.task) and run.is_done]
-    return [run for run in found if claim.compare != "beta" or run.kl.get("beta") == claim.at]
+    return [run for run in runs if run.arm == arm and run.is_done and _is_meant(run, claim)]
+
+
+def _is_meant(run: Run, claim: ClaimSpec) -> bool:
+    """Whether a run is of the claim's task and arms, and at its beta where it names one."""
+    mine = run.task == claim.task and run.arm in claim.contrast
+    return mine and (claim.compare != "beta" or run.kl.get("beta") == claim.at)
 
 
 def compare(runs: Sequence[Run], claim: ClaimSpec) -> Paired:
@@ -90,8 +96,7 @@ def compare(runs: Sequence[Run], claim: ClaimSpec) -> Paired:
     if claim.compare == "kl":
         left, right = (paths(side, claim.metric) for side in sides)
         return frontier.matched(left, right, float(claim.at or math.nan))
-    values = [_by_seed(side, claim.metric) for side in sides]
-    return paired(*({seed: value for seed, value in side.items()} for side in values))
+    return paired(*(_by_seed(side, claim.metric) for side in sides))
 
 
 def paths(runs: Iterable[Run], metric: str) -> dict[int, list[frontier.Point]]:
@@ -215,13 +220,15 @@ def _is_registered(runs: Sequence[Run], name: str, claim: ClaimSpec) -> bool:
 
 
 def _notes(runs: Sequence[Run], claim: ClaimSpec, comparison: Paired) -> Iterable[str]:
-    mine = [run for run in runs if run.task == claim.task and run.arm in claim.contrast]
+    mine = [run for run in runs if _is_meant(run, claim)]
     ended = [run for run in mine if not run.is_done]
     if ended:
         yield f"Left out: {', '.join(f'{run.run_id} ({run.status})' for run in ended)}."
     if missing := sorted(set(comparison.unpaired) - {run.seed for run in ended}):
         why = "do not reach this KL in both arms" if claim.compare == "kl" else "have a value in one arm only"
         yield f"Not paired: seeds {', '.join(map(str, missing))} {why}."
+    if comparison.num > 1 and not comparison.is_testable:
+        yield f"All {comparison.num} differences are equal: below {SURE} pairs that says nothing about their spread."
     done = [run for run in mine if run.is_done]
     if differing := cards.caution(done):
         yield differing
@@ -349,6 +356,10 @@ def _numbers(verdict: Verdict) -> str:
     comparison, decision, places = verdict.comparison, verdict.decision, _places(verdict)
     if comparison.num < 2:
         return f"has {comparison.num} pair{'s' * (comparison.num != 1)} of seeds, at least 2 are needed"
+    if not comparison.is_testable:
+        return (
+            f"{stats.number(comparison.mean, places, sign=True)} in each of {comparison.num} seeds, {SURE} are needed"
+        )
     low, high = (stats.number(end, places) for end in comparison.interval())
     p = decision.p_equivalence if decision.outcome == "equivalent" else decision.p_difference
     mean = stats.number(comparison.mean, places, sign=True)
@@ -364,7 +375,7 @@ def finding(verdict: Verdict) -> str:
     """The outcome in a sentence, with its interval."""
     claim, comparison, places = verdict.claim, verdict.comparison, _places(verdict)
     head = f"{verdict.name}{'' if verdict.is_registered else ' (exploratory, not registered before the runs)'}:"
-    if comparison.num < 2:
+    if not comparison.is_testable:
         return f"{head} undecided. {_contrast(verdict)} {_numbers(verdict)}."
     low, high = (stats.number(end, places) for end in comparison.interval())
     mean = stats.number(comparison.mean, places, sign=True)
@@ -388,7 +399,7 @@ def _more(verdict: Verdict) -> str:
 
 def _evidence(verdict: Verdict) -> Iterable[str]:
     comparison, decision = verdict.comparison, verdict.decision
-    if comparison.num < 2:
+    if not comparison.is_testable:
         return
     over = f" after Holm over {verdict.family} claims" if verdict.family > 1 else ""
     yield (

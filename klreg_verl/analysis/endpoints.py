@@ -49,10 +49,15 @@ def is_evaluation(metric: str) -> bool:
 
 def evaluations(run: Run, metric: str) -> pd.Series:
     """The values of an evaluation metric by step, after step 0."""
-    if metric in run.training:
+    if _is_logged(run, metric):
         return run.training[metric].dropna()
     found = {int(record["step"]): _numbers(record)[metric] for record in _records(run, metric)}
     return pd.Series(found, dtype="float64").sort_index()
+
+
+def _is_logged(run: Run, metric: str) -> bool:
+    """Whether training has a value of it after step 0; one before training alone says nothing about the run."""
+    return metric in run.training and bool(run.training[metric].notna().any())
 
 
 def settings(run: Run, metric: str) -> str | None:
@@ -60,7 +65,7 @@ def settings(run: Run, metric: str) -> str | None:
 
     Runs whose settings differ are not alike: more samples are a smaller error, another temperature another policy.
     """
-    records = [] if metric in run.training else _records(run, metric)
+    records = [] if _is_logged(run, metric) else _records(run, metric)
     return _setting(records[0]) if records else None
 
 
@@ -91,13 +96,16 @@ def prompt_values(run: Run, metric: str) -> dict[Place, float]:
     """The metric on each prompt; empty where it is not stored.
 
     Training metrics: the prompts of the last ten steps, if the samples of all of them are stored. Accuracy of an
-    evaluation: the prompts of the last one that `klreg eval` made.
+    evaluation: the held-out prompts, their mean over the evaluations of `klreg eval` that `endpoint` is the mean of;
+    what training logged has no values of single prompts.
     """
     if metric in PER_PROMPT:
         return _of_training(run, metric)
-    records = [each for each in retention.records(run) if metric == f"eval/{each['task']}/accuracy"]
-    last = max((each for each in records if each["step"] == run.last_step), key=_setting, default=None)
-    return {} if last is None else _of_evaluation(run, last)
+    records = [] if _is_logged(run, metric) else _records(run, metric)
+    by_step = {int(each["step"]): each for each in records if metric == f"eval/{each['task']}/accuracy"}
+    tables = [_of_evaluation(run, by_step[step]) for step in sorted(by_step)[-LAST_EVALUATIONS:]]
+    shared = set.intersection(*map(set, tables)) if tables else set()
+    return {place: sum(table[place] for table in tables) / len(tables) for place in sorted(shared)}
 
 
 def _of_training(run: Run, metric: str) -> dict[Place, float]:

@@ -195,7 +195,7 @@ def frontier(groups: Sequence[Group], panel: Panel, axes: Axes, theme: Theme = L
             continue
         axes.plot(points[:, 0], points[:, 1], "o", color=color, markersize=3, alpha=0.6, zorder=3)
         last = points[points[:, 0].argmax()]
-        if len(members) > 1:
+        if _is_path(members):
             last = _draw_frontier(frontiers.frontier(paths), color, _dashes(members[0], theme), axes)
         ends.append(_End(x=float(last[0]), y=float(last[1]), label=members[0].runs[0].arm, color=color))
     _frame(axes, panel.title, panel.unit, theme)
@@ -205,12 +205,22 @@ def frontier(groups: Sequence[Group], panel: Panel, axes: Axes, theme: Theme = L
 
 
 def has_frontier(groups: Sequence[Group], panel: Panel) -> bool:
-    """Whether an arm has finished runs with the metric at two grid points or more."""
+    """Whether an arm has finished runs with the metric at two betas or more, and differs in beta alone."""
     return any(
-        len([group for group in members if any(run.is_done and panel.key in run.training for run in group.runs)]) > 1
+        _is_path([group for group in members if any(_ended_with(run, panel.key) for run in group.runs)])
         for members in _by_arm(groups)
-        if any(KL_K1 in run.training for group in members for run in group.runs)
+        if _is_path(members)
     )
+
+
+def _ended_with(run: Run, key: str) -> bool:
+    return run.is_done and {KL_K1, key} <= set(run.training)
+
+
+def _is_path(members: Sequence[Group]) -> bool:
+    """Whether the grid points of an arm are as many different betas, so that joining them mixes nothing else."""
+    betas = [group.runs[0].kl.get("beta") for group in members]
+    return len(betas) > 1 and len(set(betas)) == len(betas)
 
 
 def predicted(rows: Sequence[Achieved], groups: Sequence[Group], axes: Axes, theme: Theme = LIGHT) -> Axes:

@@ -54,7 +54,9 @@ def known(spec: Mapping[str, Any], length: float = math.nan) -> Known:
         return Known(direction=None, why="no KL term: the optimum is accuracy 1, at any distance")
     if obstacle := _obstacle(kl, train, mapping(spec.get("reference"))):
         return Known(direction=None, why=obstacle)
-    estimator, placement, beta = kl.get("estimator"), kl.get("placement"), float(kl.get("beta") or math.nan)
+    if not kl.get("beta"):
+        return Known(direction=None, why="beta 0 or none: the optimum is accuracy 1, at any distance")
+    estimator, placement, beta = kl.get("estimator"), kl.get("placement"), float(kl["beta"])
     if placement == "reward":
         whole = kl.get("credit") in (None, "sequence", "reward_to_go")
         return Known(direction="reverse", beta=beta, is_exact=whole, why="" if whole else PER_TOKEN)

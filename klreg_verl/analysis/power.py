@@ -122,17 +122,17 @@ def needed(question: Question, sd: float) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     if question.difference is not None:
         effect = question.difference / sd if sd > 0 else math.inf
-        found["difference"] = _seeds_or_two(effect, statistics.seeds_for_difference, question)
+        found["difference"] = _seeds(effect, statistics.seeds_for_difference, question)
     if question.margin is not None:
         margin = question.margin / sd if sd > 0 else math.inf
-        found["margin"] = _seeds_or_two(
+        found["margin"] = _seeds(
             margin, lambda m, level, power: statistics.seeds_for_equivalence(m, 0.0, level, power), question
         )
     return found
 
 
-def _seeds_or_two(scaled: float, seeds_for: Any, question: Question) -> int | None:
-    return 2 if math.isinf(scaled) else seeds_for(scaled, question.share, question.power)
+def _seeds(scaled: float, seeds_for: Any, question: Question) -> int | None:
+    return statistics.SURE if math.isinf(scaled) else seeds_for(scaled, question.share, question.power)
 
 
 def spread_row(spread: Spread, question: Question) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def plan_lines(seeds: int, claims: Mapping[str, ClaimSpec], runs: Sequence[Run] 
 def _claim_line(name: str, claim: ClaimSpec, row: Mapping[str, float], runs: Sequence[Run]) -> str:
     head = f"claim {name}: {claim.metric} of {claim.contrast[0]} minus {claim.contrast[1]}, margin ±{claim.margin:g}"
     comparison = verdicts.compare(runs, claim)
-    if comparison.num < 2:
+    if not comparison.is_testable:
         return f"{head}: equivalence can be shown if the sd is at most {claim.margin / row['margin']:.3g}"
     limit = statistics.sd_limit(comparison.sd, comparison.num - 1)
     places = stats.decimals([limit * row["difference"]])

@@ -35,7 +35,6 @@ from klreg_verl.analysis.summary import (
     evaluations,
     final_value,
     gradients,
-    group_runs,
     recorded_columns,
     scope,
     sentences,
@@ -48,7 +47,7 @@ FINDINGS = ("<!-- findings: written by a person, kept by the generator -->", "<!
 MAX_LINES = 15
 TERMINAL_COLUMNS = ("accuracy", "kl_k1_response", "entropy_token", "coverage")
 
-__all__ = ["ReportPaths", "markdown_text", "read_study", "summary_lines", "write_report"]
+__all__ = ["ReportPaths", "markdown_text", "read_study", "write_report"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +122,6 @@ def _write_tables(study: Study, folder: Path) -> None:
     for path in [*gone, folder / "claims.csv", folder / "diversity.csv"]:
         if path.name not in kept:
             path.unlink(missing_ok=True)
-
-
-def summary_lines(runs: Sequence[Run], arms: Sequence[str] = ()) -> list[str]:
-    """At most 15 lines for a terminal: a row a setting, in the order of `arms`, and which runs are not done."""
-    groups = tuple(group_runs(runs, arms))
-    verdicts = tuple(claims.judge(runs, noise=False))
-    differences = tuple(cards.undeclared(runs))
-    return _lines(
-        Study(name="", question="", runs=tuple(runs), groups=groups, verdicts=verdicts, differences=differences)
-    )
 
 
 def _lines(study: Study) -> list[str]:

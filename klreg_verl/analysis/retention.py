@@ -92,17 +92,17 @@ def retained_cells(skills: Sequence[Retained]) -> list[tuple[str, str, str, str]
 
 
 def _skills(group: Group) -> list[str]:
-    keys = {str(key) for run in group.runs for key in run.metrics if str(key).startswith(RETENTION)}
+    keys = {str(key) for run in group.final_runs for key in run.metrics if str(key).startswith(RETENTION)}
     return sorted(key.removeprefix(RETENTION) for key in keys)
 
 
 def _retained(group: Group, skill: str) -> Retained:
-    """Over the runs that measured it twice; what was measured once has no after."""
-    known = [run.metrics[RETENTION + skill].dropna() for run in group.runs if RETENTION + skill in run.metrics]
+    """Over the runs that final values are taken from and that measured it twice: before and after are of the same."""
+    known = [run.metrics[RETENTION + skill].dropna() for run in group.final_runs if RETENTION + skill in run.metrics]
     twice = [values for values in known if len(values) > 1]
     return Retained(
         skill=skill,
-        before=stats.mean_and_error(float(values.iloc[0]) for values in known if len(values)),
+        before=stats.mean_and_error(float(values.iloc[0]) for values in twice),
         after=stats.mean_and_error(float(values.iloc[-1]) for values in twice),
         change=stats.mean_and_error(float(values.iloc[-1] - values.iloc[0]) for values in twice),
     )

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +24,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.json
 from pyarrow import csv
+
+from klreg_verl.experiment.store import RunFolder
 
 ALARM, SATURATED = "alarm/", "kl/saturated"
 SEED_FOLDER = re.compile(r"seed(\d+)")
@@ -137,7 +138,7 @@ def read_run(path: Path, recipe_dir: Path) -> Run:
         seed=int(path.name.removeprefix("seed")),
         spec=mapping(spec.get("spec", spec)),
         provenance=provenance,
-        status=_status(state),
+        status=_status(state, path),
         reason=str(state.get("reason") or ""),
         metrics=metrics,
         problems=tuple(problems),
@@ -265,23 +266,10 @@ def _read_object(path: Path, problems: list[str]) -> Mapping[str, Any]:
     return mapping(value)
 
 
-def _status(state: Mapping[str, Any]) -> str:
+def _status(state: Mapping[str, Any], path: Path) -> str:
+    """As written; a run that says "running" and that nobody works in was interrupted (store.RunFolder.state)."""
     status = str(state.get("status", "pending"))
-    return "interrupted" if status == "running" and _is_gone(state) else status
-
-
-def _is_gone(state: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote "running" is known to be dead. Only its own host can tell."""
-    pid, host = state.get("pid"), state.get("host")
-    if not isinstance(pid, int) or host != socket.gethostname():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return "interrupted" if status == "running" and not RunFolder(path).is_locked() else status
 
 
 def _metric_lines(path: Path, problems: list[str]) -> Iterator[Mapping[str, Any]]:

@@ -83,8 +83,10 @@ def _optimum(p: Array, q: Array, beta: float, direction: Direction) -> tuple[Arr
         root = np.sqrt((1 - beta) ** 2 + 4 * beta * p)
         right = (1 - beta + root) / 2 if beta <= 1 else 2 * beta * p / (root + beta - 1)
         return right, 2 * beta * q / (1 + beta + root)
-    wrong = q * math.exp(-1 / beta)
-    return p / (p + wrong), wrong / (p + wrong)
+    wrong = q * math.exp(-1 / beta)  # 0 below beta = 1/745: then any p above 0 is turned into certainty
+    total = p + wrong
+    right = np.divide(p, total, out=np.zeros_like(total), where=total > 0)
+    return right, np.divide(wrong, total, out=np.ones_like(total), where=total > 0)
 
 
 def reverse_kl(accuracy: Array, right: Array) -> Array:

@@ -33,6 +33,8 @@ POWER = 0.8
 """The power that sample sizes are stated for."""
 MAX_SEEDS = 1000
 """Sample sizes above this are told as "more than"."""
+SURE = 5
+"""Pairs from which differences without any spread are taken as certain; of fewer the spread is not known."""
 MAX_FLIPS = 20
 """Pairs up to which all sign flips are listed (2^19 of them by symmetry)."""
 
@@ -185,20 +187,25 @@ class Paired:
         norm = math.sqrt(float((left**2).sum() * (right**2).sum()))
         return float((left * right).sum() / norm) if norm > 0 else math.nan
 
+    @property
+    def is_testable(self) -> bool:
+        """Whether there is a t statistic: two pairs, and five where all differences are equal."""
+        return self.num >= (SURE if self.sd == 0 else 2)
+
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """The t interval of coverage 1 - level."""
-        if self.num < 2:
+        """The t interval of coverage 1 - level; NaN where there is no t statistic."""
+        if not self.is_testable:
             return math.nan, math.nan
         half = t_quantile(1 - level / 2, self.num - 1) * self.standard_error
         return self.mean - half, self.mean + half
 
     def p_difference(self) -> float:
-        """Two-sided p of "no difference" by the paired t test."""
-        return min(1.0, 2 * t_tail(abs(self._t(0.0)), self.num - 1)) if self.num > 1 else math.nan
+        """Two-sided p of "no difference" by the paired t test; NaN where there is no t statistic."""
+        return min(1.0, 2 * t_tail(abs(self._t(0.0)), self.num - 1)) if self.is_testable else math.nan
 
     def p_equivalence(self, margin: float) -> float:
-        """p of "the difference is at least `margin`" by two one-sided t tests: the larger of the two."""
-        if self.num < 2:
+        """p of "the difference is at least `margin`" by two one-sided t tests: the larger of the two, or NaN."""
+        if not self.is_testable:
             return math.nan
         df = self.num - 1
         return max(t_tail(self._t(-margin), df), t_tail(-self._t(margin), df))

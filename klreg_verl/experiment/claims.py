@@ -25,7 +25,7 @@ from typing import Any, Literal
 from klreg_verl.experiment.strict import FieldError
 
 NAMESPACES = (
-    *("actor", "critic", "diversity", "entropy", "eval", "explore", "kl", "kl_old", "kl_ref", "kl_ref_t1"),
+    *("actor", "critic", "diversity", "entropy", "eval", "kl", "kl_old", "kl_ref", "kl_ref_t1"),
     *("response", "retention", "reward", "train", "val-core", "val-aux"),
 )
 """First parts of the keys of metrics.jsonl that say something about an arm."""
@@ -69,8 +69,9 @@ class ClaimSpec:
             raise FieldError("at", f"{self.at} has no effect with `compare: end`. Say `compare: beta` or `kl`.")
         if self.compare != "end" and self.at is None:
             raise FieldError("at", f"missing. `compare: {self.compare}` needs the {self.compare} to compare at.")
-        if self.at is not None and self.at <= 0:
-            raise FieldError("at", f"{self.at} is not positive: there only the starting model is.")
+        if self.at is not None and not self.at > 0:
+            there = {"beta": "there is no KL term; name an arm without one", "kl": "there only the starting model is"}
+            raise FieldError("at", f"{self.at} is not positive: {there[self.compare]}.")
 
 
 def check(
@@ -119,6 +120,12 @@ def _check_reachable(claim: ClaimSpec, arm: str, betas: Sequence[float | None]) 
             "compare",
             f"kl: the arm {arm} is run at {told}; to know it at a given KL it takes two betas or more (grid: kl.beta). "
             "Arms held at one KL by the matched_kl controller are compared with `compare: end`.",
+        )
+    if claim.compare == "kl" and len(set(known)) < len(known):
+        raise FieldError(
+            "compare",
+            f"kl: the arm {arm} has several grid points at one beta ({told}). Only runs that differ in beta alone are "
+            "joined to one line: take the other grid keys out, or give them arms of their own.",
         )
 
 
