@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from klreg_verl.experiment.plan import RunSpec
     from launch.job_folder import Job, Submitted
     from launch.profile import Profile
+    from launch.slurm import Partition
 
-ProfileName = Annotated[str, typer.Option("--profile", help="generic, single_node, multi_node, cpu_test, or a file.")]
+ProfileName = Annotated[
+    str, typer.Option("--profile", help="generic, single_gpu, single_node, multi_node, cpu_test, or a file.")
+]
 
 
 def submit_command(
@@ -174,10 +177,10 @@ def smoke_command(
 
     root = runs_root(runs_dir) / time.strftime("smoke-%Y%m%d-%H%M%S")
     job = smoke.make_job(profiles.load(profile), root, overrides or ())
-    reachable = _reachable(dry_run)
+    known = _partitions(dry_run)
     slurm.require(slurm.check(job.specs, job.profile, root, {}))
-    if reachable:
-        slurm.require(slurm.check_cluster(job.specs, job.profile, slurm.partitions()))
+    if known is not None:
+        slurm.require(slurm.check_cluster(job.specs, job.profile, known))
     if dry_run:
         _show(job, root / "smoke")
         return
@@ -216,17 +219,15 @@ def _submit(specs: list[RunSpec], profile: Profile, root: Path, dry_run: bool) -
 
     preflight.check_same(specs, root)
     recipe_dir = root / specs[0].recipe
-    reachable = _reachable(dry_run)
-    queued = slurm.in_queue(recipe_dir) if reachable else {}
+    known = _partitions(dry_run)
+    queued = {} if known is None else slurm.in_queue(recipe_dir)
     choice = slurm.choose(specs, root, queued)
     typer.echo(choice.describe())
     if not choice.missing:
         return
-    steps = {run: each.step_seconds for run, each in estimate.estimate(specs, root, lambda _: None).items()}
-    measured = {run: seconds for run, seconds in steps.items() if seconds is not None}
-    slurm.require(slurm.check(choice.missing, profile, root, measured))
-    if reachable:
-        slurm.require(slurm.check_cluster(choice.missing, profile, slurm.partitions()))
+    slurm.require(slurm.check(choice.missing, profile, root, estimate.step_times(specs, root)))
+    if known is not None:
+        slurm.require(slurm.check_cluster(choice.missing, profile, known))
     jobs = [slurm.make_job(runs, profile, root) for runs in _by_resources(choice.missing)]
     if dry_run:
         for job in jobs:
@@ -237,18 +238,17 @@ def _submit(specs: list[RunSpec], profile: Profile, root: Path, dry_run: bool) -
         _tell(slurm.submit(job, recipe_dir), job)
 
 
-def _reachable(dry_run: bool) -> bool:
-    """Whether a cluster can be asked; without one a dry run shows what it can."""
+def _partitions(dry_run: bool) -> list[Partition] | None:
+    """The cluster's; None where a dry run, which shows what it can, finds none."""
     from launch import slurm
 
     try:
-        slurm.partitions()
+        return slurm.partitions()
     except (ValueError, slurm.SlurmError) as error:
         if not dry_run:
             raise
         typer.secho(f"not compared with a cluster: {error}", fg="yellow", err=True)
-        return False
-    return True
+        return None
 
 
 def _by_resources(specs: tuple[RunSpec, ...]) -> list[list[RunSpec]]:

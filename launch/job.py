@@ -160,7 +160,7 @@ class Task:
             return
         name = os.environ.get("SLURM_ARRAY_JOB_ID", "")
         name = name + "_" + str(self.index) if name else os.environ["SLURM_JOB_ID"]
-        say(f"requeueing {name}")
+        say(f"exit code {code}: requeueing {name}")
         done = subprocess.run(["scontrol", "requeue", name], timeout=COMMAND_SECONDS, check=False)
         if done.returncode:
             say("scontrol refused to requeue; `klreg submit` goes on where this attempt ended")

@@ -12,7 +12,7 @@ from verl_stack import spec
 
 from klreg_verl.experiment import estimate
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.settings import ResourcesSpec, SamplesSpec, SaveSpec, TrainSpec
+from klreg_verl.experiment.settings import ModelSpec, ResourcesSpec, SamplesSpec, SaveSpec, TrainSpec
 from klreg_verl.experiment.store import RunFolder
 
 TRAIN = TrainSpec(steps=10, prompts_per_step=4, responses_per_prompt=2, max_prompt_tokens=30, max_response_tokens=70)
@@ -58,6 +58,18 @@ def test_a_run_that_has_not_begun_takes_its_arms_time_and_else_that_of_runs_with
     found = of(tmp_path, [*runs, third, wide])
     assert [each.step_seconds for each in found] == [10.0, 10.0, 20.0, 20.0, 15.0, None]
     assert "in 5 of 6 runs" in estimate.in_words(found)
+
+
+def test_runs_whose_steps_do_more_work_do_not_lend_their_time(tmp_path: Path):
+    short = spec(train=TRAIN, seed=1)
+    measured(tmp_path, short, 1.0, 10.0)
+    others = [
+        spec(train=replace(TRAIN, max_response_tokens=700), seed=2),
+        spec(train=TRAIN, model=ModelSpec(path="me/large"), seed=3),
+        spec(train=TRAIN, verl={"actor_rollout_ref.rollout.max_num_seqs": 8}, seed=4),
+    ]
+    longer = spec(train=replace(TRAIN, steps=99), seed=5)  # more steps, each as long
+    assert estimate.step_times([short, *others, longer], tmp_path) == {short.run_id: 10.0, longer.run_id: 10.0}
 
 
 def test_disk_is_the_checkpoints_kept_one_that_is_being_written_and_the_samples(tmp_path: Path):

@@ -23,7 +23,8 @@ TRAIN = TrainSpec(
     steps=100, prompts_per_step=128, responses_per_prompt=8, max_prompt_tokens=1024, max_response_tokens=8192
 )
 EIGHT = ResourcesSpec(gpus_per_node=8)
-FULL_SCALE = sorted((Path(__file__).parents[1] / "recipes").glob("*_deepscaler.yaml"))
+RECIPES = Path(__file__).parents[1] / "recipes"
+FULL_SCALE = [*sorted(RECIPES.glob("*_deepscaler.yaml")), RECIPES / "kl_direction_palindrome.yaml"]
 
 
 def run(**sections: object) -> RunSpec:
@@ -194,6 +195,14 @@ def test_measured_steps_win_and_say_so():
     assert found.gpu_hours == pytest.approx(50.0 * 100 * 8 / 3600)
 
 
+def test_a_runs_own_steps_win_and_another_models_say_nothing():
+    own, other = run(seed=1), run(seed=2)
+    found = fit.fit(own, R1, H100, [Measured(spec=other, seconds=50.0), Measured(spec=own, seconds=60.0)])
+    assert (found.time.seconds, found.time.said) == (60.0, f"measured: {own.run_id}")
+    foreign = run(model=ModelSpec(path=BIG.name))
+    assert fit.fit(own, R1, H100, [Measured(spec=foreign, seconds=50.0)]).time.source == "arithmetic"
+
+
 def test_another_layouts_steps_are_scaled_by_arithmetic():
     one, two = run(), run(resources=ResourcesSpec(nodes=2, gpus_per_node=8))
     found = fit.fit(two, R1, H100, [Measured(spec=one, seconds=50.0)])
@@ -228,16 +237,21 @@ def test_layouts_that_cannot_share_the_batch_are_not_tried():
         ("NVIDIA A100-SXM4-40GB", 40960, "A100-40GB"),
         ("NVIDIA GeForce RTX 4090", 24564, "RTX-4090"),
         ("NVIDIA L40S", 46068, "L40S"),
+        ("NVIDIA H100 NVL", 95830, "H100-NVL"),
+        ("NVIDIA A100 80GB PCIe", 81920, "A100"),
+        ("a100-40gb", 40960, "A100-40GB"),
     ],
 )
 def test_gpus_are_known_by_what_nvidia_smi_calls_them(told: str, mib: int, name: str):
     found = fit.gpu_named(told, mib * 1024**2)
-    assert (found.bandwidth, found.memory_bytes) == (GPUS[name].bandwidth, mib * 1024**2)
+    assert found == replace(GPUS[name], memory_bytes=mib * 1024**2)  # its name, too: measured runs are found by it
 
 
-def test_an_unknown_gpu_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'GTX 1080' is no GPU that is known here: B200, H200"):
-        fit.gpu_named("GTX 1080")
+@pytest.mark.parametrize("told", ["GTX 1080", "rtx", "NVIDIA GeForce RTX 2060", "NVIDIA H100 MIG 1g.10gb"])
+def test_an_unknown_gpu_is_refused_with_the_known_ones(told: str):
+    for memory in (None, 24564 * 1024**2):
+        with pytest.raises(ValueError, match=f"'{told}' is no GPU that is known here: B200, H200"):
+            fit.gpu_named(told, memory)
 
 
 @pytest.mark.parametrize("path", FULL_SCALE, ids=lambda path: path.stem)

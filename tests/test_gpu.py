@@ -215,6 +215,9 @@ def test_measured_steps_count_only_where_they_were_made_on_such_a_gpu(tmp_path: 
         (folder.path / "provenance.json").write_text(json.dumps({"platform": platform, "host": {"gpus": names}}))
     found = gpu.measured([ours, other, cpu], tmp_path, GPUS["H100"])
     assert [(one.spec.seed, one.seconds) for one in found] == [(1, 10.0)]
+    card = {"platform": "cuda", "host": {"gpus": ["NVIDIA A100-SXM4-40GB, 40536 MiB, 580"]}}
+    (inputs.run_folder(cpu, tmp_path).path / "provenance.json").write_text(json.dumps(card))
+    assert [one.spec.seed for one in gpu.measured([cpu], tmp_path, gpu_named("a100-40gb"))] == [3]
 
 
 def test_the_kind_of_a_device_has_its_own_memory():

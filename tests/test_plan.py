@@ -100,14 +100,19 @@ def test_names_are_not_hashed(tmp_path: Path) -> None:
     assert [spec.hash for spec in before] == [spec.hash for spec in after]
 
 
-def test_a_study_that_moves_with_its_data_keeps_its_hashes(tmp_path: Path) -> None:
-    text = TEXT.replace(
-        "easy: {builtin: palindrome, options: {max_length: 4}}", "easy: {train: d/a, val: d/b, reward: 'r:f'}"
-    )
+@pytest.mark.parametrize(
+    "task",
+    [
+        "{train: d/a, val: d/b, reward: 'r:f'}",
+        "{builtin: deepscaler, options: {source: d/a.json, evaluation: d/b, tokenizer: ./model, test_size: 4}}",
+    ],
+)
+def test_a_study_that_moves_with_its_data_keeps_its_hashes(tmp_path: Path, task: str) -> None:
+    text = TEXT.replace("{builtin: palindrome, options: {max_length: 4}}", task)
     before = runs(tmp_path / "here", text.replace("path: tiny", "path: ./model"))
     shutil.move(tmp_path / "here", tmp_path / "there")
     after = plan.expand(recipe.load(tmp_path / "there" / "study.yaml"))
-    assert before[0].task.train != after[0].task.train
+    assert before[0].task != after[0].task
     assert [spec.hash for spec in before] == [spec.hash for spec in after]
 
 

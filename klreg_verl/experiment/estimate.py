@@ -1,7 +1,7 @@
 """What runs will cost, as far as it can be known: time from steps that were measured, disk from checkpoints.
 
-A step's time is that of the run itself, else of its arm, else of the recipe: other seeds do the same work. Where none
-has run yet it is unknown, and is said to be. Disk is what `save` and `samples` keep at the most at one time.
+A step's time is that of the run itself, else of its arm, else of the recipe, among runs whose steps do the same work.
+Where none has run yet it is unknown, and is said to be. Disk is what `save` and `samples` keep at the most at one time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -48,12 +48,26 @@ def estimate(
         runs_dir: where run folders live; read only.
         model_folder: where a run's starting model is, or will be.
     """
-    steps = {spec.run_id: step_seconds(_folder(spec, runs_dir)) for spec in specs}
+    steps = step_times(specs, runs_dir)
     sizes = {spec.run_id: checkpoint_bytes(_folder(spec, runs_dir), model_folder(spec)) for spec in specs}
     return {
-        spec.run_id: _estimate(spec, _folder(spec, runs_dir), _of_alike(spec, specs, steps), sizes[spec.run_id])
+        spec.run_id: _estimate(spec, _folder(spec, runs_dir), steps.get(spec.run_id), sizes[spec.run_id])
         for spec in specs
     }
+
+
+def step_times(specs: Sequence[RunSpec], runs_dir: Path) -> dict[str, float]:
+    """Run id -> seconds of one step, of runs of which it is known."""
+    measured = {spec.run_id: step_seconds(_folder(spec, runs_dir)) for spec in specs}
+    found = {spec.run_id: _of_alike(spec, specs, measured) for spec in specs}
+    return {run: seconds for run, seconds in found.items() if seconds is not None}
+
+
+def same_work(one: RunSpec, other: RunSpec) -> bool:
+    """Whether a step of both does as much: equal model, layout, batch, lengths and kind of KL."""
+    train = replace(one.train, steps=1) == replace(other.train, steps=1)
+    kind = one.model == other.model and one.kl.is_exact == other.kl.is_exact
+    return train and kind and one.resources == other.resources and dict(one.verl) == dict(other.verl)
 
 
 def _folder(spec: RunSpec, runs_dir: Path) -> RunFolder:
@@ -61,8 +75,8 @@ def _folder(spec: RunSpec, runs_dir: Path) -> RunFolder:
 
 
 def _of_alike(spec: RunSpec, specs: Sequence[RunSpec], steps: dict[str, float | None]) -> float | None:
-    """The run's own time, else the median of its arm's, else of all runs with as many workers."""
-    alike = [other for other in specs if other.resources == spec.resources]
+    """The run's own time, else the median of its arm's, else of all runs whose steps do the same work."""
+    alike = [other for other in specs if same_work(spec, other)]
     for chosen in ([spec], [other for other in alike if other.arm == spec.arm], alike):
         known = [seconds for other in chosen if (seconds := steps[other.run_id]) is not None]
         if known:

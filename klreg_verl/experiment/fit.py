@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from klreg_verl.experiment.architecture import Architecture
+from klreg_verl.experiment.estimate import same_work
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.settings import ResourcesSpec, Settings
 
@@ -66,20 +67,21 @@ def _gpu(name: str, mib: int, terabytes: float, teraflops: float) -> GPU:
     return GPU(name=name, memory_bytes=mib * 1024**2, bandwidth=terabytes * 1e12, flops=teraflops * 1e12)
 
 
-GPUS: dict[str, GPU] = {
-    each.name: each
-    for each in (
-        _gpu("B200", 183359, 8.0, 2250),
-        _gpu("H200", 143771, 4.8, 989),
-        _gpu("H100-PCIe", 81559, 2.0, 756),
-        _gpu("H100", 81559, 3.35, 989),
-        _gpu("A100-40GB", 40960, 1.555, 312),
-        _gpu("A100", 81920, 2.04, 312),
-        _gpu("L40S", 46068, 0.864, 362),
-        _gpu("RTX-4090", 24564, 1.008, 165),
-    )
+_TABLE = {
+    _gpu("B200", 183359, 8.0, 2250): (),
+    _gpu("H200", 143771, 4.8, 989): (),
+    _gpu("H100-NVL", 95830, 3.9, 835): (),
+    _gpu("H100-PCIe", 81559, 2.0, 756): (),
+    _gpu("H100", 81559, 3.35, 989): ("h100-80gb-hbm3", "h100-sxm"),
+    _gpu("A100-40GB", 40960, 1.555, 312): ("a100-sxm4-40gb", "a100-pcie-40gb"),
+    _gpu("A100", 81920, 2.04, 312): ("a100-80gb", "a100-sxm4-80gb", "a100-80gb-pcie"),
+    _gpu("L40S", 46068, 0.864, 362): (),
+    _gpu("RTX-4090", 24564, 1.008, 165): (),
 }
-"""Memory as nvidia-smi tells it [MiB]; bandwidth [TB/s] and dense bfloat16 [TFLOP/s] from NVIDIA's data sheets."""
+"""Memory as nvidia-smi tells it [MiB]; bandwidth [TB/s] and dense bfloat16 [TFLOP/s] from NVIDIA's data sheets; other
+names, as nvidia-smi has them."""
+GPUS: dict[str, GPU] = {each.name: each for each in _TABLE}
+_NAMED = {name.lower(): each for each, others in _TABLE.items() for name in (each.name, *others)}
 
 
 def gpu_named(name: str, memory_bytes: int | None = None) -> GPU:
@@ -88,18 +90,11 @@ def gpu_named(name: str, memory_bytes: int | None = None) -> GPU:
     Raises:
         ValueError: no GPU of the table is meant.
     """
-    told = name.lower().replace(" ", "-")
-    for known in GPUS.values():
-        if known.name.lower() in told and (memory_bytes is None or _alike(known.memory_bytes, memory_bytes)):
-            return known if memory_bytes is None else replace(known, memory_bytes=memory_bytes)
-    for known in GPUS.values():
-        if known.name.split("-")[0].lower() in told and memory_bytes is not None:
-            return replace(known, name=name, memory_bytes=memory_bytes)
-    raise ValueError(f"{name!r} is no GPU that is known here: {', '.join(GPUS)}.")
-
-
-def _alike(one: int, other: int) -> bool:
-    return abs(one - other) < 0.15 * one
+    told = [part for part in name.lower().split() if part not in ("nvidia", "geforce", "tesla")]
+    found = _NAMED.get("-".join(told))
+    if found is None:
+        raise ValueError(f"{name!r} is no GPU that is known here: {', '.join(GPUS)}.")
+    return found if memory_bytes is None else replace(found, memory_bytes=memory_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,7 +361,7 @@ def step_time(spec: RunSpec, model: Architecture, gpu: GPU, measured: Sequence[M
         said = f"arithmetic: every response at its longest, {MFU:.0%} of peak, {DECODE_BANDWIDTH:.0%} of bandwidth"
         return Time(seconds=own, source="arithmetic", said=said, stages=stages)
     other, seconds = nearest.spec, nearest.seconds
-    if _same_work(spec, other):
+    if same_work(spec, other):
         return Time(seconds=seconds, source="measured", said=f"measured: {other.run_id}", stages={})
     ratio = own / sum(stage_seconds(other, model, gpu).values())
     said = f"{seconds:.1f} s measured in {other.run_id}, times {ratio:.2f} by arithmetic"
@@ -403,17 +398,11 @@ def _generation_seconds(spec: RunSpec, model: Architecture, gpu: GPU) -> float:
 
 
 def _nearest(spec: RunSpec, measured: Sequence[Measured]) -> Measured | None:
-    """The run's own layout and arm first, then its layout, then any."""
-    same = [one for one in measured if _same_work(one.spec, spec)]
+    """The run itself first, then those that do the same work, its arm's before others, then its model's in any way."""
+    same = [one for one in measured if same_work(one.spec, spec)]
+    own = [one for one in same if one.spec.run_id == spec.run_id]
     arms = [one for one in same if one.spec.arm == spec.arm]
-    return next(iter(arms or same or measured), None)
-
-
-def _same_work(one: RunSpec, other: RunSpec) -> bool:
-    """Whether a step of both does as much: equal layout, batch, lengths and kind of KL."""
-    train = replace(one.train, steps=1) == replace(other.train, steps=1)
-    exact = one.kl.is_exact == other.kl.is_exact
-    return train and exact and one.resources == other.resources and dict(one.verl) == dict(other.verl)
+    return next(iter(own or arms or same or [one for one in measured if one.spec.model == spec.model]), None)
 
 
 # ---------------------------------------------------------------------------------------------------- layouts

@@ -18,6 +18,7 @@ from typing import Any
 
 from klreg_verl.experiment import strict
 from klreg_verl.experiment.recipe import (
+    OPTION_PATHS,
     AlarmsSpec,
     Cell,
     ClaimSpec,
@@ -124,6 +125,12 @@ class RunSpec:
         del content["task"]["settings"]
         for section, key in (("task", "train"), ("task", "val"), ("model", "path"), ("reference", "path")):
             content[section][key] = _relative(content[section][key], self.root)
+        options = content["task"]["options"]
+        content["task"]["options"] = options | {
+            key: _relative(value, self.root)
+            for key, value in options.items()
+            if key in OPTION_PATHS and isinstance(value, str)
+        }
         return content
 
 

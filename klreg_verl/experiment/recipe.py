@@ -279,6 +279,10 @@ def _normalise_task(node: Node) -> Node:
     return node.with_value(children)
 
 
+OPTION_PATHS = ("source", "evaluation", "tokenizer")
+"""Options of builtin tasks that may name files or folders."""
+
+
 def _normalise_options(node: Node) -> Node:
     """Files and folders that a builtin's data is made from, absolute."""
     if not isinstance(node.value, dict):
