@@ -73,9 +73,9 @@ def run(
     with told():
         read, specs = selected(recipe, overrides, arm, task, seed)
         root = runs_root(runs_dir)
-        platform = preflight.detect_platform()
+        platform = preflight.detect_platform(ray_address)
         typer.echo(f"platform: {platform}")
-        findings = preflight.check(specs, root, platform)
+        findings = preflight.check(specs, root, platform, ray_address)
         if dry_run:
             _show_dry_run(findings, specs, root, platform)
             return
@@ -108,6 +108,7 @@ def plan(
     from klreg_verl.experiment.store import runs_root
 
     with told():
+        _refuse_together({"--show": show, "--as-verl": as_verl, "--csv": as_csv}, {"--gpu": gpu, "--json": as_json})
         read, specs = selected(recipe, overrides, show or as_verl, None, None)
         root = runs_root(runs_dir)
         if as_verl:
@@ -242,6 +243,13 @@ def data_check(
     with told():
         for line in describe(files, reward, tokenizer, max_prompt_tokens):
             typer.echo(line)
+
+
+def _refuse_together(alone: dict[str, Any], others: dict[str, Any]) -> None:
+    """Options that go with no other of these."""
+    given = [name for name, value in (alone | others).items() if value]
+    if len(given) > 1 and set(given) & set(alone):
+        raise ValueError(f"{' and '.join(given)} do not go together: each is an answer of its own. Ask one at a time.")
 
 
 def _run(specs: list[RunSpec], root: Path, platform: str, ray_address: str | None) -> list[Any]:

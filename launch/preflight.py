@@ -38,26 +38,39 @@ class Finding:
     detail: str
 
 
-def detect_platform() -> str:
-    """The platform: "cuda" if torch sees a GPU, else "cpu"; VERL_PLATFORM decides if it is set."""
+def detect_platform(ray_address: str | None = None) -> str:
+    """The platform: "cuda" if torch sees a GPU, else "cpu"; VERL_PLATFORM decides if it is set.
+
+    Of a Ray that somebody else started this machine tells nothing: its nodes have GPUs unless VERL_PLATFORM says cpu.
+    """
     chosen = os.environ.get("VERL_PLATFORM", "").strip().lower()
-    if chosen:
+    if chosen or ray_address is not None:
         return "cpu" if chosen == "cpu" else "cuda"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check(specs: Sequence[RunSpec], runs_dir: Path, platform: str) -> list[Finding]:
-    """Check software, machine, data and models of all runs.
+def check(specs: Sequence[RunSpec], runs_dir: Path, platform: str, ray_address: str | None = None) -> list[Finding]:
+    """Check software, data and models of all runs, and this machine unless their Ray is somewhere else.
 
     Raises:
         ValueError: with what was found, why it cannot work, and what to do.
     """
-    findings = [check_software(), check_disk(runs_dir), check_memory(specs, platform)]
+    findings = [check_software(), check_disk(runs_dir)]
     check_folders(specs, runs_dir)
-    on_gpus = check_gpus(specs, runs_dir) if platform == "cuda" else []
-    return findings + on_gpus + check_files(specs)
+    return findings + (check_machine(specs, runs_dir, platform) if ray_address is None else []) + check_files(specs)
+
+
+def check_machine(specs: Sequence[RunSpec], runs_dir: Path, platform: str) -> list[Finding]:
+    """What this machine, alone, has for the runs. Raises ValueError."""
+    nodes = max(spec.resources.nodes for spec in specs)
+    if nodes > 1:
+        raise ValueError(
+            f"resources.nodes is {nodes}, and the Ray that `klreg run` starts has this machine only. Use `klreg "
+            "submit`, or --ray-address HOST:PORT of a Ray over all nodes, or resources.nodes=1."
+        )
+    return [check_memory(specs, platform), *(check_gpus(specs, runs_dir) if platform == "cuda" else [])]
 
 
 def check_gpus(specs: Sequence[RunSpec], runs_dir: Path) -> list[Finding]:

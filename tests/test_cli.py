@@ -86,6 +86,10 @@ def files_below(folder: Path) -> set[str]:
 DATA = ("data palindrome", "data deepscaler", "data skill", "data tiny-model", "data check")
 COMMANDS = (
     "submit",
+    "smoke",
+    "kl",
+    "replay",
+    "power",
     "retry",
     "cancel",
     "logs",
@@ -153,6 +157,39 @@ def test_plan_as_csv_has_a_line_for_each_run(klreg: Klreg, study: Path):
     lines = klreg("plan", study, "--csv").stdout.splitlines()
     assert lines[0].startswith("run_id,hash,status,step,steps,attempt,") and lines[0].endswith(",disk_bytes")
     assert [line.partition(",")[0] for line in lines[1:]] == [spec.run_id for spec in plan.expand(recipe.load(study))]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--csv", "--gpu", "h100"],
+        ["--show", "reverse", "--gpu", "h100"],
+        ["--show", "reverse", "--as-verl", "none"],
+        ["--csv", "--json"],
+    ],
+)
+def test_plan_answers_one_question_at_a_time(klreg: Klreg, study: Path, options: list[str]):
+    result = klreg("plan", study, *options)
+    given = " and ".join(option for option in options if option.startswith("--"))
+    assert result.exit_code == 2 and f"{given} do not go together" in told(result)
+
+
+def test_a_changed_recipe_is_neither_done_nor_forgiven_nor_swept(klreg: Klreg, study: Path, monkeypatch):
+    """Its folders hold the runs of the recipe before the change."""
+    for spec, status in zip(plan.expand(recipe.load(study)), ("done", "failed", "done", "done"), strict=True):
+        folder = RunFolder(study.parent / "runs" / "study" / spec.run_id)
+        folder.create(spec)
+        folder.append_metrics(4, {})
+        folder.set_state(status, step=4, steps=4)
+    changed_key = "train.temperature=0.5"
+    for command in (
+        ["submit", study, changed_key, "--profile", "generic", "--dry-run"],
+        ["retry", study, changed_key, "--profile", "generic"],
+        ["gc", study, changed_key, "--yes"],
+    ):
+        result = klreg(*command)
+        assert result.exit_code == 2 and "holds another run" in told(result), result.output
+    assert klreg("status", study).output.count("failed") == 1  # not forgiven
 
 
 def test_plan_says_what_is_left_to_do_from_steps_that_were_measured(klreg: Klreg, study: Path):

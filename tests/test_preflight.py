@@ -75,6 +75,7 @@ def test_the_platform_is_what_the_environment_says_or_torch_sees(monkeypatch: py
     monkeypatch.setenv("VERL_PLATFORM", "nvidia")
     assert preflight.detect_platform() == "cuda"
     monkeypatch.delenv("VERL_PLATFORM")
+    assert preflight.detect_platform("10.0.0.1:6379") == "cuda"  # whatever this machine has
     assert preflight.detect_platform() == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -104,6 +105,19 @@ def test_memory_is_counted_per_worker_and_only_on_a_cpu(spec: RunSpec, monkeypat
     with pytest.raises(ValueError, match=r"10.0 GB of memory are available.* 2 worker\(s\) on a CPU takes about 13 GB"):
         preflight.check_memory([spec, two], "cpu")  # 9 + 4
     preflight.check_memory([two], "cuda")
+
+
+def test_a_ray_elsewhere_is_not_judged_by_this_machine_and_our_own_has_one_node(spec: RunSpec, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_installed", dict(names.TESTED).__getitem__)
+    monkeypatch.setattr(preflight, "check_files", lambda specs: [])
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9))
+    wide = replace(spec, resources=replace(spec.resources, nodes=2))
+    found = preflight.check([wide], tmp_path, "cuda", "10.0.0.1:6379")
+    assert [finding.what for finding in found] == ["software", "disk"]
+    with pytest.raises(ValueError, match="resources.nodes is 2, .* this machine only. Use `klreg submit`"):
+        preflight.check([wide], tmp_path, "cpu")
+    with pytest.raises(ValueError, match="1.0 GB of memory are available"):
+        preflight.check([spec], tmp_path, "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------- run folders
