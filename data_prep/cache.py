@@ -1,9 +1,9 @@
 """Options as frozen dataclasses, and folders cached by a hash of what made them.
 
-A cached folder is `<data_root>/<name>-<hash>`, the hash taken over the options and the files that the content is made
-of: the builder's own source, and the user's files where it reads any. A changed option, builder or file thus makes a
-new folder and never touches an old one. A folder appears by one rename, after all its files are on disk: a folder that
-exists is complete.
+A cached folder is `<data_root>/<name>-<hash>`, the hash taken over the options and what the content is made of: the
+builder's own source, the user's files where it reads any, and the versions of packages that draw the data. A changed
+option, builder or file thus makes a new folder and never touches an old one. A folder appears by one rename, after all
+its files are on disk: a folder that exists is complete.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, asdict, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -76,19 +77,29 @@ def _add_argument(parser: argparse.ArgumentParser, item: Field[Any], kind: Any) 
     )
 
 
-def content_hash(options: Any, *sources: Path) -> str:
-    """First 16 hexadecimal digits of the sha256 over the options (canonical JSON) and the bytes of the files."""
+def content_hash(options: Any, *sources: Path, packages: Sequence[str] = ()) -> str:
+    """First 16 hexadecimal digits of the sha256 over the options (canonical JSON), the bytes of the files, and the
+    versions of the packages."""
     canonical = json.dumps(asdict(options), sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode())
-    for source in sources:
-        content = source.read_bytes()
+    for content in (*(source.read_bytes() for source in sources), *map(_version, packages)):
         digest.update(b"\0" + str(len(content)).encode() + b"\0" + content)
     return digest.hexdigest()[:16]
 
 
-def planned_folder(name: str, options: Any, sources: Iterable[Path], data_root: Path) -> Path:
-    """Where the folder made from `options` and `sources` is or will be; makes nothing."""
-    return Path(data_root).resolve() / f"{name}-{content_hash(options, *sources)}"
+def _version(package: str) -> bytes:
+    """Empty where it is not installed: then nothing can be made, and what is there is of another version."""
+    try:
+        return version(package).encode()
+    except PackageNotFoundError:
+        return b""
+
+
+def planned_folder(
+    name: str, options: Any, sources: Iterable[Path], data_root: Path, packages: Sequence[str] = ()
+) -> Path:
+    """Where the folder made from `options` and `sources` with `packages` is or will be; makes nothing."""
+    return Path(data_root).resolve() / f"{name}-{content_hash(options, *sources, packages=packages)}"
 
 
 def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:

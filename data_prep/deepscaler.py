@@ -179,7 +179,7 @@ def planned(options: DeepScaleROptions, data_root: Path) -> Path:
     Raises ValueError if the source is local and not there.
     """
     here = Path(__file__)
-    modules = [here.with_name(f"{name}.py") for name in ("golden", "lengths", "overlap", "sources", "styles")]
+    modules = [here.with_name(f"{name}.py") for name in ("golden", "lengths", "overlap", "schema", "sources", "styles")]
     made_of = (here, *modules, *_local(options), *_tokenizer_files(options))
     return planned_folder(DATA_SOURCE, options, made_of, data_root)
 
@@ -190,12 +190,9 @@ def cache(options: DeepScaleROptions, data_root: Path, progress: Progress = prin
 
 
 def _files(options: DeepScaleROptions) -> sources.Files:
-    if options.source != sources.HUB:
-        return sources.local_files(options.source, options.evaluation)
-    found = sources.hub_files()
-    if not options.evaluation:
-        return found
-    return sources.Files(train=found.train, sets=sources.evaluation_sets(options.evaluation))
+    if options.source == sources.HUB:
+        return sources.hub_files(options.evaluation)
+    return sources.local_files(options.source, options.evaluation)
 
 
 def _local(options: DeepScaleROptions) -> tuple[Path, ...]:

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from data_prep import styles
+from data_prep import schema, styles
 from data_prep.cache import (
     Progress,
     cached_folder,
@@ -116,7 +116,8 @@ def build(options: PalindromeOptions, folder: Path, progress: Progress = print_p
 
 def planned(options: PalindromeOptions, data_root: Path) -> Path:
     """The folder of these options; nothing is built."""
-    return planned_folder("palindrome", options, (Path(__file__), Path(styles.__file__)), data_root)
+    made_by = (Path(__file__), Path(styles.__file__), Path(schema.__file__))
+    return planned_folder("palindrome", options, made_by, data_root, packages=("reasoning-gym",))
 
 
 def cache(options: PalindromeOptions, data_root: Path, progress: Progress = print_progress) -> Path:

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from data_prep import styles
+from data_prep import schema, styles
 from data_prep.cache import (
     Progress,
     cached_folder,
@@ -38,8 +38,6 @@ from klreg_verl.experiment.strict import FieldError
 Style = Literal["compact", "question", "r1_boxed", "r1_answer"]
 TEST_SHARE = 5
 """One item of so many is for tests."""
-MAX_PROMPT = 13
-"""Characters of a compact prompt at most; with the tiny model's template they are 16 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +151,8 @@ def build(options: SkillOptions, folder: Path, progress: Progress = print_progre
 
 def planned(options: SkillOptions, data_root: Path) -> Path:
     """The folder of these options; nothing is built."""
-    sources = (Path(__file__), Path(styles.__file__))
-    return planned_folder(f"skill-{options.skill}", options, sources, data_root)
+    made_by = (Path(__file__), Path(styles.__file__), Path(schema.__file__))
+    return planned_folder(f"skill-{options.skill}", options, made_by, data_root, packages=("reasoning-gym",))
 
 
 def cache(options: SkillOptions, data_root: Path, progress: Progress = print_progress) -> Path:

@@ -48,6 +48,9 @@ HUB_SETS = {
 SET_NAMES = {"aime": "aime24", "math": "math500"}
 """Evaluation files of the DeepScaleR repository whose name is not that of their set."""
 
+RESERVED = ("train", "deepscaler")
+"""Names of the training set: of its file, and in the card."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
@@ -87,12 +90,14 @@ def evaluation_sets(place: str) -> dict[str, Path]:
     return _by_name(_data_files(root / "test" if (root / "test").is_dir() else root))
 
 
-def hub_files() -> Files:
-    """The DeepScaleR set and its evaluation sets, fetched once into the Hugging Face cache.
+def hub_files(evaluation: str = "") -> Files:
+    """The DeepScaleR set and its evaluation sets, or those of `evaluation` (a file or folder) in their place, fetched
+    once into the Hugging Face cache.
 
     Raises OSError where neither the cache nor the network has them.
     """
-    return Files(train=(_fetch(HUB_TRAIN),), sets={name: _fetch(file) for name, file in HUB_SETS.items()})
+    sets = evaluation_sets(evaluation) if evaluation else {name: _fetch(file) for name, file in HUB_SETS.items()}
+    return Files(train=(_fetch(HUB_TRAIN),), sets=sets)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -142,7 +147,18 @@ def _data_files(path: Path) -> tuple[Path, ...]:
 
 
 def _by_name(paths: Iterable[Path]) -> dict[str, Path]:
-    return {SET_NAMES.get(path.stem, path.stem): path for path in paths}
+    """Raises ValueError for two sets of one name, or one whose file would be overwritten by another of ours."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        name = SET_NAMES.get(path.stem, path.stem)
+        if name in RESERVED:
+            raise ValueError(
+                f"{path}: no evaluation set can be called {name!r}, as the training set is. Rename the file."
+            )
+        if name in found:
+            raise ValueError(f"{found[name]} and {path} are both the evaluation set {name!r}. Keep one, or rename it.")
+        found[name] = path
+    return found
 
 
 def _licence(root: Path) -> Path | None:

@@ -81,6 +81,7 @@ LAYERS = (
         anywhere=(
             *("typer", "klreg_verl.arguments", "klreg_verl.core", "klreg_verl.experiment", "klreg_verl.replay"),
             "klreg_verl.verl_hooks.checkpoints",
+            "data_prep.functions",
         ),
         lazily=("torch", "transformers", "vllm", "pyarrow", "data_prep", "klreg_verl.verl_hooks.cpu"),
     ),

@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 import reasoning_gym
 
+from data_prep import skills
 from data_prep.cache import options_from
-from data_prep.palindrome import DATA_SOURCE, SEED_GAP, PalindromeOptions, build, cache, main, num_palindromes
+from data_prep.palindrome import DATA_SOURCE, SEED_GAP, PalindromeOptions, build, cache, main, num_palindromes, planned
 from data_prep.rewards import GRADERS, compute_score
 from data_prep.schema import check_file
 
@@ -186,6 +187,14 @@ def test_cache_builds_once_and_separates_options(tmp_path):
     assert cache(SMALL, tmp_path, lambda done, total, text: calls.append(text)) == first
     assert built > 0 and len(calls) == built
     assert cache(PalindromeOptions(train_size=61, test_size=20), tmp_path, quiet) != first
+
+
+def test_another_reasoning_gym_makes_another_folder(tmp_path, monkeypatch):
+    """It draws the items; a hash of the files here alone would find what another version drew."""
+    before = [planned(SMALL, tmp_path), skills.planned(skills.SkillOptions(), tmp_path)]
+    monkeypatch.setattr("data_prep.cache.version", lambda package: "0.0.0")
+    after = [planned(SMALL, tmp_path), skills.planned(skills.SkillOptions(), tmp_path)]
+    assert not set(before) & set(after)
 
 
 def test_a_killed_build_leaves_nothing_that_is_taken_for_the_folder(tmp_path):

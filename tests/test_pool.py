@@ -155,6 +155,14 @@ def kill_children_of(pool: Pool, times: int) -> None:
             killed.add(pid)
 
 
+def test_a_program_that_is_still_loading_is_waited_for(monkeypatch):
+    """Its first fork comes after what it loads on the way, which takes longer than a fork may later."""
+    monkeypatch.setattr("data_prep.grading.pool.FORK_SECONDS", 1e-4)
+    pool = Pool(limit_seconds=20)
+    assert pool.is_right([GOLD], RIGHT)
+    pool.close()
+
+
 def test_with_its_program_killed_the_pool_starts_a_new_one():
     pool = warm_pool()
     before = pool.processes()

@@ -11,7 +11,6 @@ from data_prep.cache import options_from
 from data_prep.rewards import compute_score
 from data_prep.schema import check_file
 from data_prep.skills import (
-    MAX_PROMPT,
     SKILLS,
     SkillOptions,
     build,
@@ -51,8 +50,8 @@ def test_there_are_two_skills_or_more_named_as_in_reasoning_gym():
 
 @pytest.mark.parametrize("name", SKILLS)
 def test_compact_prompts_are_short_and_no_palindromes_letters(name):
-    for item in held_out(SKILLS[name], 100, 1):
-        assert len(item.prompt) <= MAX_PROMPT and not re.fullmatch("[a-z]+", item.prompt)
+    for item in held_out(SKILLS[name], 100, 1):  # 13 characters are 16 tokens with the tiny model's template
+        assert len(item.prompt) <= 13 and not re.fullmatch("[a-z]+", item.prompt)
         assert 1 <= len(item.answer) <= SKILLS[name].answer_length
         assert item.answer == by_hand(item.prompt)
 

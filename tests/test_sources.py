@@ -80,6 +80,18 @@ def test_a_file_is_a_source_and_sets_can_be_named_apart(tmp_path):
     assert evaluation_sets(str(other)) == {"own": other}
 
 
+def test_sets_that_would_overwrite_one_another_are_refused(tmp_path):
+    """math.json is math500, as math500.jsonl is; train.parquet and the card's deepscaler are of the training set."""
+    for number, names in enumerate((("math.json", "math.parquet"), ("math.json", "math500.jsonl"))):
+        for name in names:
+            write(tmp_path / str(number) / name, "[]")
+        with pytest.raises(ValueError, match=f"{names[0]} and .*{names[1]} are both the evaluation set 'math500'"):
+            evaluation_sets(str(tmp_path / str(number)))
+    for name in ("train", "deepscaler"):
+        with pytest.raises(ValueError, match=f"no evaluation set can be called '{name}'"):
+            evaluation_sets(str(write(tmp_path / f"{name}.json", "[]")))
+
+
 def test_what_is_not_there_or_holds_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="gone is not there. Name a JSON, JSONL or parquet file or a folder of them"):
         local_files(str(tmp_path / "gone"))
@@ -89,17 +101,18 @@ def test_what_is_not_there_or_holds_nothing_is_refused(tmp_path):
 
 
 FROM_HUB = """
+import sys
 from data_prep.sources import hub_files
-found = hub_files()
+found = hub_files(*sys.argv[1:])
 print(*[path.name for path in found.all], *found.sets)
 """
 
 
-def hub_process(cache: Path) -> subprocess.CompletedProcess[str]:
+def hub_process(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The real huggingface_hub on its own cache, without network."""
     environment = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(cache)}
     root = Path(sources.__file__).parent.parent
-    command = [sys.executable, "-c", FROM_HUB]
+    command = [sys.executable, "-c", FROM_HUB, *arguments]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -115,6 +128,8 @@ def test_the_hub_is_read_from_its_cache_at_the_pinned_revisions(tmp_path):
     assert done.returncode == 1
     assert "HuggingFaceH4/MATH-500 (test.jsonl at 6e4ed1a2) is not in the Hugging Face cache" in done.stderr
     assert "give --source a file or folder that has the problems" in done.stderr
+    own = write(tmp_path / "own.json", "[]")  # in the place of the Hub's sets, of which one is not there
+    assert hub_process(tmp_path, str(own)).stdout.split() == ["deepscaler.json", "own.json", "own"]
 
 
 def test_revisions_are_whole_commits():

@@ -5,7 +5,6 @@ call that hangs holds up no other. After os.fork the child process forgets its p
 """
 
 import atexit
-import contextlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +30,7 @@ seconds' worth."""
 START_SECONDS = 60.0
 """For importing math-verify, which a cold network file system makes slow. It is no part of any answer's limit."""
 FORK_SECONDS = 5.0
+"""For a fork, once the program has loaded everything; until then it may be busy with that for START_SECONDS."""
 LEAST_SECONDS = 0.2
 """What a call gets at least when its first child died and another one takes over."""
 
@@ -102,7 +102,6 @@ class _Program:
             reply = {"failed": f"{type(error).__name__}: {error}"}
         if "failed" in reply:
             raise _Failed(f"the program that runs math-verify does not start ({reply['failed']})")
-        self._control.settimeout(FORK_SECONDS)
         self._is_ready = True
 
     def fork(self) -> _Child:
@@ -123,6 +122,8 @@ class _Program:
         if not reply:
             raise _Gone
         made = json.loads(reply)
+        if made["warm"]:
+            self._control.settimeout(FORK_SECONDS)
         return _Child(made["pid"], ours, self, made["warm"])
 
     def bury(self, child: _Child) -> None:
@@ -221,18 +222,20 @@ class Pool:
         """A child of the program; of a new program if the one we had is dead."""
         if self._broken:
             raise Ungraded(self._broken)
+        why = ""
         for _ in range(2):
             self._program = self._program or _Program()
             try:
                 return self._program.fork()
-            except (_Gone, TimeoutError):
+            except (_Gone, TimeoutError) as error:
+                why = "does not answer" if isinstance(error, TimeoutError) else "ends as soon as it is started"
                 self._end_program()
             except _Failed as error:
                 self._broken = str(error)
                 self._end_program()
                 logger.error("No answer can be verified: %s. Install math-verify (make setup).", error)
                 raise Ungraded(self._broken) from None
-        raise Ungraded("the program that runs math-verify ends as soon as it is started")
+        raise Ungraded(f"the program that runs math-verify {why}")
 
     def prepare(self) -> None:
         """Starts the program, without waiting for it, so that it is there when the first answer needs it."""
@@ -295,13 +298,3 @@ def _close_all() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_all)
-
-
-@contextlib.contextmanager
-def temporary(**options: Any) -> Iterator[Pool]:
-    """A pool that is closed at the end."""
-    pool = Pool(**options)
-    try:
-        yield pool
-    finally:
-        pool.close()
