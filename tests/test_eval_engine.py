@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -66,13 +67,16 @@ def test_a_process_that_was_killed_is_told_as_such(order: Order, tmp_path: Path)
 
 
 PARENT = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from klreg_verl.evaluation import engine
 from klreg_verl.evaluation.worker import Order
 
 order = Order.from_json(sys.argv[1])
 with engine.process(order, Path(sys.argv[2])) as (child, messages):
+    place = f"/proc/{child.pid}/fd"
+    while os.readlink(f"{place}/1") != os.readlink(f"{place}/2"):  # what it does right after asking the kernel
+        time.sleep(0.01)
     child.send_signal(19)  # SIGSTOP: it will not end by itself
     print(child.pid, flush=True)
     time.sleep(100)
@@ -81,17 +85,17 @@ with engine.process(order, Path(sys.argv[2])) as (child, messages):
 
 def test_a_killed_parent_takes_the_process_with_it(order: Order, tmp_path: Path):
     """Also one that is stopped, which no closed pipe would wake; the kernel ends it once it has asked for that."""
-    code = PARENT.replace("child.send_signal(19)", "next(iter(()), None); time.sleep(2); child.send_signal(19)")
-    command = [sys.executable, "-c", code, json.dumps(asdict(order)), str(tmp_path / "log")]
+    command = [sys.executable, "-c", PARENT, json.dumps(asdict(order)), str(tmp_path / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
+        child = psutil.Process(int(parent.stdout.readline()))
         os.kill(parent.pid, signal.SIGKILL)
     try:
-        psutil.Process(pid).wait(timeout=20)
-    except psutil.NoSuchProcess:
-        pass
-    assert not psutil.pid_exists(pid)
+        _, left = psutil.wait_procs([child], timeout=20)
+        assert not left
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def test_vllm_gets_its_environment_and_the_user_may_change_it(monkeypatch: pytest.MonkeyPatch):

@@ -61,16 +61,21 @@ def save(folder: Path, state: dict[str, torch.Tensor], model: Path) -> None:
     checkpoints.mark_complete(folder)
 
 
-def workers() -> list[psutil.Process]:
-    """Processes of vLLM that evaluations of this machine started."""
-    return [
-        one for one in psutil.process_iter(["cmdline"]) if "klreg_verl.evaluation.worker" in (one.info["cmdline"] or [])
-    ]
+def workers(lab: Lab) -> list[psutil.Process]:
+    """Processes of vLLM that evaluations of this lab started: they have its environment, also without their parent."""
+    return [one for one in psutil.process_iter() if is_worker(one, lab)]
 
 
-def wait_until_gone(before: set[int], seconds: float = 30) -> None:
+def is_worker(one: psutil.Process, lab: Lab) -> bool:
+    try:
+        return "klreg_verl.evaluation.worker" in one.cmdline() and one.environ().get("KLREG_RUNS") == str(lab.runs)
+    except psutil.Error:  # gone, or another user's
+        return False
+
+
+def wait_until_gone(lab: Lab, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
-    while (left := [one for one in workers() if one.pid not in before]) and time.monotonic() < deadline:
+    while (left := workers(lab)) and time.monotonic() < deadline:
         time.sleep(0.2)
     for one in left:
         one.kill()
@@ -88,9 +93,8 @@ def evaluate(lab: Lab, *arguments: str | Path) -> tuple[list[dict[str, Any]], st
 def test_an_evaluation_that_is_killed_goes_on_and_models_take_turns_in_one_engine(
     lab: Lab, run: RunFolder, tmp_path: Path
 ):
-    before = {one.pid for one in workers()}
     kept = kill_in_the_middle(lab, run)
-    wait_until_gone(before)
+    wait_until_gone(lab)
     mark(kept)
 
     records, said = evaluate(lab, f"{run.path}@all", *ASKED)
@@ -98,7 +102,7 @@ def test_an_evaluation_that_is_killed_goes_on_and_models_take_turns_in_one_engin
     assert len(started) == 1  # start and step 2 in turns; step 1 is the start again, and is not sampled at all
     models, drawn, there = map(int, started[0])
     assert (models, drawn + there) == (2, 2 * PROMPTS * SAMPLES) and there >= 512
-    wait_until_gone(before)
+    wait_until_gone(lab)
 
     start, one, two = records
     assert [record["step"] for record in records] == [0, 1, 2]
@@ -119,7 +123,7 @@ def test_an_evaluation_that_is_killed_goes_on_and_models_take_turns_in_one_engin
     again, said = evaluate(lab, f"{run.path}@all", *ASKED)
     assert (again, "starting vLLM" in said) == (records, False)
     alone(lab, run, two, tmp_path)
-    wait_until_gone(before)
+    wait_until_gone(lab)
 
 
 MARK = "drawn before the kill"
