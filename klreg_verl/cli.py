@@ -150,7 +150,7 @@ def power(
         question = powers.Question(difference=difference, margin=margin, claims=claims, level=level, power=power)
         powers.check_options(runs, metric, sd, question)
         if runs is None:
-            rows: Any = powers.seeds_table(question, sd or 1.0)
+            rows: Any = powers.general_rows(question, sd)
             lines = powers.lines(question, sd)
         else:
             found = powers.spreads(stored.load(runs), metric)
@@ -164,6 +164,7 @@ def report(
     runs_dir: RunsDir = None,
     anonymous: Annotated[bool, typer.Option("--anonymous", help="Leave out hosts, paths and remotes.")] = False,
     embedder: Annotated[str, typer.Option(help="For the cosines: auto, minilm, ngrams or none.")] = "auto",
+    further: Annotated[bool, typer.Option("--further", help="Also self-BLEU and Vendi scores; takes longer.")] = False,
 ) -> None:
     """Write report.html, report.md, tables and figures of a recipe's runs, a folder of runs, or a stock verl run."""
     from klreg_verl.analysis import embeddings
@@ -171,7 +172,7 @@ def report(
     from klreg_verl.experiment.store import runs_root
 
     with told():
-        how = {"anonymous": anonymous, "embedder": embeddings.named(embedder)}
+        how = {"anonymous": anonymous, "embedder": embeddings.named(embedder), "further": further}
         if recipe.is_dir():
             _write_report_of(recipe, {}, **how)
         else:
@@ -267,10 +268,10 @@ def _run(specs: list[RunSpec], root: Path, platform: str, ray_address: str | Non
 
 
 def _show_failure(outcome: Any, root: Path) -> None:
-    from klreg_verl.experiment.store import RunFolder
+    from klreg_verl.experiment.store import run_folder
     from launch import failure
 
-    log = RunFolder(root / outcome.spec.recipe / outcome.spec.run_id).latest / "log"
+    log = run_folder(outcome.spec, root).latest / "log"
     typer.secho(f"\n{outcome.spec.run_id} failed: {outcome.reason}", fg="red")
     typer.echo("\n".join(failure.excerpt(log)))
     typer.echo(f"whole log: {log.resolve()}")

@@ -50,18 +50,19 @@ def retry_command(
     runs_dir: RunsDir = None,
 ) -> None:
     """Try failed runs again, with a new budget of attempts, where they stopped."""
-    from launch import budget, inputs, preflight
+    from klreg_verl.experiment.store import run_folder
+    from launch import budget, preflight
     from launch import profile as profiles
 
     specs, root = located(recipe, overrides, arm, task, seed, runs_dir)
-    failed = [spec for spec in specs if inputs.run_folder(spec, root).state().status == "failed"]
+    failed = [spec for spec in specs if run_folder(spec, root).state().status == "failed"]
     if not failed:
         typer.echo("No run has failed.")
         return
     chosen = profiles.load(profile) if profile else _last_job(root / specs[0].recipe).profile
     preflight.check_folders(failed, root)
     for spec in failed:
-        folder = inputs.run_folder(spec, root)
+        folder = run_folder(spec, root)
         with folder.lock():
             budget.forgive(folder)
     _submit(failed, chosen, root, dry_run=False)
@@ -102,13 +103,14 @@ def logs_command(
     runs_dir: RunsDir = None,
 ) -> None:
     """The end of a run's log, without colours and prefixes, or of the job it ran in."""
-    from launch import failure, inputs
+    from klreg_verl.experiment.store import run_folder
+    from launch import failure
 
     specs, root = located(recipe, overrides, arm, task, seed, runs_dir)
     if len(specs) != 1:
         names = ", ".join(spec.run_id for spec in specs)
         raise ValueError(f"{len(specs)} runs fit: {names}. Name one with --arm, --task and --seed, or by its folder.")
-    folder = inputs.run_folder(specs[0], root)
+    folder = run_folder(specs[0], root)
     path = folder.attempts_dir / str(attempt) / "log" if attempt else folder.latest / "log"
     path = _job_log(specs[0], root) if job else path
     if not path.is_file():

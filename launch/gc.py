@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.store import RunFolder, atomic_write
+from klreg_verl.experiment.store import RunFolder, atomic_write, run_folder
 from klreg_verl.verl_hooks import checkpoints
-from launch.inputs import run_folder
 from launch.preflight import WEIGHTS_ONLY, check_same
 
 

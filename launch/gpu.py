@@ -20,7 +20,7 @@ from klreg_verl.experiment import architecture, estimate, fit
 from klreg_verl.experiment.architecture import Architecture
 from klreg_verl.experiment.fit import GIB, GPU, Measured, RecipeFit
 from klreg_verl.experiment.plan import RunSpec
-from launch.inputs import run_folder
+from klreg_verl.experiment.store import run_folder
 
 DRIVER = (580, 65)
 """The oldest Linux driver for CUDA 13, which launch/env/gpu.lock's wheels are built with (CUDA 13.0 release notes)."""

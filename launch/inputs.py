@@ -12,16 +12,11 @@ from typing import Any
 from data_prep.cache import options_from
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.recipe import KLBlock, ModelSpec
-from klreg_verl.experiment.store import RunFolder, cache_root
+from klreg_verl.experiment.store import cache_root, run_folder
 from klreg_verl.verl_hooks.overrides import Files
 from launch import retained
 
 Note = Callable[[str], None]
-
-
-def run_folder(spec: RunSpec, runs_dir: Path) -> RunFolder:
-    """runs/<recipe>/<arm>/<task>/[<grid>/]seed<k>."""
-    return RunFolder(runs_dir / spec.recipe / spec.run_id)
 
 
 def prepare(spec: RunSpec, runs_dir: Path, note: Note) -> Files:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.store import RunFolder, write_json
+from klreg_verl.experiment.store import RunFolder, run_folder, write_json
 from launch import profile as profiles
 from launch.profile import Profile
 
@@ -83,7 +83,7 @@ class Job:
 
     def run_folder(self, spec: RunSpec) -> RunFolder:
         """Where a run is."""
-        return RunFolder(Path(self.runs_dir) / spec.recipe / spec.run_id)
+        return run_folder(spec, Path(self.runs_dir))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from typing import Any
 from klreg_verl import doctor
 from klreg_verl.experiment import claims, provenance
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.store import RunFolder, Status, atomic_write, write_json
+from klreg_verl.experiment.store import RunFolder, Status, atomic_write, run_folder, write_json
 from klreg_verl.verl_hooks import checkpoints, cpu, overrides
 from klreg_verl.verl_hooks.watch import AlarmRaised
 from launch import failure, inputs, preflight
@@ -73,7 +73,7 @@ def run(
         ValueError: a run's folder holds another run, or another process works in it.
     """
     preflight.check_folders(specs, runs_dir)
-    waiting = [spec for spec in specs if not inputs.run_folder(spec, runs_dir).is_done(spec)]
+    waiting = [spec for spec in specs if not run_folder(spec, runs_dir).is_done(spec)]
     done = [Outcome(spec=spec, status="done") for spec in specs if spec not in waiting]
     for outcome in done:
         display.skip(outcome.spec)
@@ -103,7 +103,7 @@ def run_one(
     display: Display,
 ) -> Outcome:
     """One attempt at one run, resumed from its newest whole checkpoint."""
-    folder = inputs.run_folder(spec, runs_dir)
+    folder = run_folder(spec, runs_dir)
     with folder.lock():
         preflight.check_same([spec], runs_dir)
         folder.create(spec)

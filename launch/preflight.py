@@ -17,11 +17,11 @@ from data_prep.check import check_model, check_task
 from klreg_verl.experiment import fit
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.store import RunFolder
+from klreg_verl.experiment.store import RunFolder, run_folder
 from klreg_verl.verl_hooks import checkpoints
 from klreg_verl.verl_hooks.names import TESTED
 from launch import gpu, retained
-from launch.inputs import planned_files, run_folder
+from launch.inputs import planned_files
 
 CPU_MEMORY_GB = 9.0
 """What one worker's run took at its peak over all processes (recipes/results/README.md)."""

@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from klreg_verl.experiment import strict
-from klreg_verl.experiment.strict import ConfigError, FieldError
+from klreg_verl.experiment.strict import ConfigError, FieldError, at_least
 
 SHIPPED = Path(__file__).parent / "profiles"
 LONGEST_SCRATCH = 30
 """Characters: below it come klreg-xxxxxxxx/ray/session_.../sockets/plasma_store, and a socket may have 107."""
-
-
-def _at_least(name: str, value: float | None, minimum: float) -> None:
-    if value is not None and value < minimum:
-        raise FieldError(name, f"{value} is too small: at least {minimum}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +47,7 @@ class Ports:
     last: int
 
     def __post_init__(self) -> None:
-        _at_least("first", self.first, 1024)
+        at_least("first", self.first, 1024)
         if not self.first + 100 <= self.last <= 65535:
             raise FieldError("last", f"{self.last}: Ray needs at least 100 ports above {self.first}, below 65536.")
 
@@ -67,8 +62,8 @@ class Budget:
     """Attempts in a row that end by themselves without a new step."""
 
     def __post_init__(self) -> None:
-        _at_least("attempts", self.attempts, 1)
-        _at_least("without_progress", self.without_progress, 1)
+        at_least("attempts", self.attempts, 1)
+        at_least("without_progress", self.without_progress, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +126,11 @@ class Profile:
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "cpus_per_node", "max_parallel", "runs_per_job", "stall_minutes"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in ("memory_gb", "requeues"):
-            _at_least(name, getattr(self, name), 0)
-        _at_least("notice_seconds", self.notice_seconds, 10)
-        _at_least("form_seconds", self.form_seconds, 10)
+            at_least(name, getattr(self, name), 0)
+        at_least("notice_seconds", self.notice_seconds, 10)
+        at_least("form_seconds", self.form_seconds, 10)
         self._check_time()
         self._check_ports()
         self._check_paths()

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.store import RunFolder, RunLocked
+from klreg_verl.experiment.store import RunFolder, RunLocked, run_folder
 from launch import budget, inputs, local, preflight
 from launch.display import PlainDisplay
 from launch.guardian import new_token
@@ -153,7 +153,7 @@ def main() -> int:
 def run_all(job: Job, specs: tuple[RunSpec, ...], attempt: Path, display: PlainDisplay) -> int:
     """The unfinished runs of a task, on one Ray; returns the exit code."""
     root = Path(job.runs_dir)
-    waiting = [spec for spec in specs if not inputs.run_folder(spec, root).is_done(spec)]
+    waiting = [spec for spec in specs if not run_folder(spec, root).is_done(spec)]
     for spec in specs:
         if spec not in waiting:
             display.skip(spec)

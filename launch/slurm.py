@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.store import atomic_write, cache_root, write_json
+from klreg_verl.experiment.store import atomic_write, cache_root, run_folder, write_json
 from launch import inputs, preflight
 from launch import job as job_script
 from launch.job_folder import Job, Submitted, new_folder, runs_of, submissions
@@ -184,7 +184,7 @@ def choose(specs: Sequence[RunSpec], runs_dir: Path, queued: Iterable[str]) -> C
     queued = set(queued)
     of: dict[str, list[RunSpec]] = {mode: [] for mode in MODES}
     for spec in specs:
-        folder = inputs.run_folder(spec, runs_dir)
+        folder = run_folder(spec, runs_dir)
         if folder.is_done(spec):
             of["done"].append(spec)
         elif spec.run_id in queued:

@@ -16,10 +16,10 @@ from typing import Any
 
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.selection import selected
+from klreg_verl.experiment.store import run_folder
 from klreg_verl.verl_hooks import checkpoints
 from launch import slurm
 from launch.gpu import WITHOUT_FLASH
-from launch.inputs import run_folder
 from launch.job_folder import Job, Submitted
 from launch.profile import Profile
 

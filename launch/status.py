@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.store import RunFolder
+from klreg_verl.experiment.store import run_folder
 from launch import slurm
 
 Row = dict[str, Any]
@@ -32,7 +32,7 @@ def queue(specs: Sequence[RunSpec], runs_dir: Path) -> dict[str, slurm.Task]:
 
 def row(spec: RunSpec, runs_dir: Path) -> Row:
     """One run and how it stands, from its folder alone."""
-    folder = RunFolder(runs_dir / spec.recipe / spec.run_id)
+    folder = run_folder(spec, runs_dir)
     state = folder.state()
     last = (folder.read_metrics() or [{}])[-1]
     present = folder.spec()

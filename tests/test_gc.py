@@ -10,11 +10,10 @@ from verl_stack import spec
 
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.settings import TrainSpec
-from klreg_verl.experiment.store import RunFolder
+from klreg_verl.experiment.store import RunFolder, run_folder
 from klreg_verl.verl_hooks import checkpoints
 from launch import gc, local
 from launch.display import PlainDisplay
-from launch.inputs import run_folder
 
 TRAIN = TrainSpec(steps=40, max_prompt_tokens=64, max_response_tokens=32)
 

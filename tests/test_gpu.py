@@ -15,7 +15,8 @@ from verl_stack import spec
 
 from klreg_verl.experiment.fit import GIB, GPUS, gpu_named
 from klreg_verl.experiment.settings import ModelSpec, ResourcesSpec, TrainSpec
-from launch import gpu, inputs, preflight
+from klreg_verl.experiment.store import run_folder
+from launch import gpu, preflight
 
 R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 H100 = "{index}, GPU-{index}aaa-bbb, NVIDIA H100 80GB HBM3, 81559, {used}, 580.95.05\n"
@@ -207,7 +208,7 @@ def test_measured_steps_count_only_where_they_were_made_on_such_a_gpu(tmp_path: 
         2: ("cuda", ["NVIDIA H200, 143771 MiB, 580"]),
     }
     for one in (ours, other, cpu):
-        folder = inputs.run_folder(one, tmp_path)
+        folder = run_folder(one, tmp_path)
         folder.create(one)
         for step in (1, 2, 3):
             folder.append_metrics(step, {"time/step_s": 10.0})
@@ -216,7 +217,7 @@ def test_measured_steps_count_only_where_they_were_made_on_such_a_gpu(tmp_path: 
     found = gpu.measured([ours, other, cpu], tmp_path, GPUS["H100"])
     assert [(one.spec.seed, one.seconds) for one in found] == [(1, 10.0)]
     card = {"platform": "cuda", "host": {"gpus": ["NVIDIA A100-SXM4-40GB, 40536 MiB, 580"]}}
-    (inputs.run_folder(cpu, tmp_path).path / "provenance.json").write_text(json.dumps(card))
+    (run_folder(cpu, tmp_path).path / "provenance.json").write_text(json.dumps(card))
     assert [one.spec.seed for one in gpu.measured([cpu], tmp_path, gpu_named("a100-40gb"))] == [3]
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from klreg_verl.experiment import claims, plan, recipe
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.store import RunFolder
+from klreg_verl.experiment.store import RunFolder, run_folder
 from klreg_verl.verl_hooks import cpu, overrides
 from launch import inputs, local
 from launch.local import Interrupted, Outcome
@@ -110,7 +110,7 @@ def files(spec: RunSpec, tmp_path: Path) -> overrides.Files:
 def run(spec: RunSpec, files: overrides.Files, runs: Path, code: str) -> tuple[Outcome, list[Any], RunFolder]:
     seen = Seen()
     outcome = local.run_one(spec, files, runs, "cpu", Here(code), seen)
-    return outcome, seen.events, inputs.run_folder(spec, runs)
+    return outcome, seen.events, run_folder(spec, runs)
 
 
 # ---------------------------------------------------------------------------------------------------- ends
@@ -152,7 +152,7 @@ def test_a_run_that_its_alarms_end_fails_with_an_end_of_its_own(spec, files, tmp
 
 
 def test_what_a_kill_left_behind_is_removed_by_the_next_attempt(spec, files, tmp_path):
-    folder = inputs.run_folder(spec, tmp_path / "runs")
+    folder = run_folder(spec, tmp_path / "runs")
     folder.create(spec)
     (folder.path / ".state.json.1.2.tmp").write_text("{")
     run(spec, files, tmp_path / "runs", "step(1, 2, 3)")
@@ -178,7 +178,7 @@ step(3)
 
 
 def test_a_folder_in_use_is_not_touched(spec, files, tmp_path):
-    folder = inputs.run_folder(spec, tmp_path / "runs")
+    folder = run_folder(spec, tmp_path / "runs")
     folder.create(spec)
     with folder.lock(), pytest.raises(ValueError, match="is in use by process"):
         local.run([spec], tmp_path / "runs", "cpu", Seen())
@@ -211,7 +211,7 @@ step(1, 2, 3)
 """
     here = Here(show)
     local.run_one(spec, files, tmp_path / "runs", "cpu", here, Seen())
-    folder = inputs.run_folder(spec, tmp_path / "runs")
+    folder = run_folder(spec, tmp_path / "runs")
     attempt = folder.attempts_dir / "1"
     told = json.loads((attempt / "log").read_text())
     assert told == {
@@ -234,7 +234,7 @@ step(1, 2, 3)
 
 def test_one_wandb_run_spans_all_attempts(spec, files, tmp_path):
     online = replace(spec, logging=replace(spec.logging, wandb="offline"))
-    folder = inputs.run_folder(online, tmp_path / "runs")
+    folder = run_folder(online, tmp_path / "runs")
     told = local._wandb(online, folder)
     assert told["WANDB_MODE"] == "offline"
     assert told["WANDB_RUN_ID"] == online.hash[:16]
@@ -293,10 +293,10 @@ def test_a_signal_marks_the_run_interrupted_and_a_second_one_does_not_disturb_th
         thread.join()
         here.process.kill()
         here.process.wait()
-    state = inputs.run_folder(spec, tmp_path / "runs").state()
+    state = run_folder(spec, tmp_path / "runs").state()
     assert (state.status, state.reason, state.step) == ("interrupted", "stopped by a signal", 1)
     assert {n: signal.getsignal(n) for n in before} == before
-    end = json.loads((inputs.run_folder(spec, tmp_path / "runs").attempts_dir / "1" / "end.json").read_text())
+    end = json.loads((run_folder(spec, tmp_path / "runs").attempts_dir / "1" / "end.json").read_text())
     assert end == {"status": "signal", "reason": "stopped by a signal", "step": 1}  # no fault of the run: budget.py
 
 

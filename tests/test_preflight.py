@@ -16,8 +16,9 @@ from run_folders import HOLDER
 
 from klreg_verl.experiment import plan, recipe
 from klreg_verl.experiment.plan import RunSpec
+from klreg_verl.experiment.store import run_folder
 from klreg_verl.verl_hooks import names
-from launch import inputs, preflight
+from launch import preflight
 
 RECIPE = """\
 question: q
@@ -124,7 +125,7 @@ def test_a_ray_elsewhere_is_not_judged_by_this_machine_and_our_own_has_one_node(
 
 
 def test_a_folder_of_another_run_is_refused_also_when_that_run_is_done(spec: RunSpec, tmp_path: Path):
-    folder = inputs.run_folder(spec, tmp_path / "runs")
+    folder = run_folder(spec, tmp_path / "runs")
     folder.create(spec)
     folder.set_state("done", step=4)
     preflight.check_folders([spec], tmp_path / "runs")
@@ -135,7 +136,7 @@ def test_a_folder_of_another_run_is_refused_also_when_that_run_is_done(spec: Run
 
 
 def test_a_folder_that_a_living_process_works_in_is_refused_and_free_after_its_death(spec: RunSpec, tmp_path: Path):
-    folder = inputs.run_folder(spec, tmp_path / "runs")
+    folder = run_folder(spec, tmp_path / "runs")
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder.path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"

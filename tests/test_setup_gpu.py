@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.gpu import DRIVER
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch/env/setup_gpu.sh"
 DEFINITION = (ROOT / "launch/env/klreg.def").read_text()
@@ -58,6 +60,9 @@ def test_no_driver_and_an_old_one_are_refused_before_anything_is_made(driver, tm
     assert done.returncode == 1 and "nvidia-smi is not there" in done.stderr
     done = setup("--venv", str(venv), "--python", sys.executable, PATH=driver("550.144.03"))
     assert done.returncode == 1 and "driver is 550.144.03, CUDA 13 needs 580.65 or newer" in done.stderr
+    done = setup("--venv", str(venv), "--python", sys.executable, PATH=driver("580.10.01"))  # of its first branch
+    assert done.returncode == 1 and "driver is 580.10.01, CUDA 13 needs 580.65 or newer" in done.stderr
+    assert DRIVER == (580, 65)  # as klreg run's
     done = setup("--venv", str(venv), "--python", sys.executable, PATH=driver("NVIDIA-SMI has failed"))
     assert done.returncode == 1 and "nvidia-smi does not answer" in done.stderr
     assert not venv.exists()

@@ -12,6 +12,7 @@ from verl_stack import spec
 
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.settings import LoggingSpec, ModelSpec, ResourcesSpec
+from klreg_verl.experiment.store import run_folder
 from launch import profile as profiles
 from launch import slurm
 from launch.job_folder import Job, new_folder, place_of
@@ -303,7 +304,7 @@ def test_submissions_are_numbered_and_none_is_written_over(root: Path):
 def test_runs_are_sorted_into_what_to_submit_and_what_not(root: Path):
     runs = [run(root, arm=arm) for arm in ("new", "waits", "broken", "ready")]
     for status, one in zip(("failed", "done"), runs[2:], strict=True):
-        folder = slurm.inputs.run_folder(one, root / "runs")
+        folder = run_folder(one, root / "runs")
         folder.create(one)
         folder.set_state(status, step=one.train.steps)
     choice = slurm.choose(runs, root / "runs", [runs[1].run_id])

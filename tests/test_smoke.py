@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from klreg_verl.experiment.store import RunFolder
+from klreg_verl.experiment.store import RunFolder, run_folder
 from klreg_verl.verl_hooks import checkpoints
 from launch import gpu, smoke
-from launch.inputs import run_folder
 from launch.job_folder import Job, Submitted
 from launch.profile import Container, Profile
 

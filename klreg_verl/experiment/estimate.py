@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.store import RunFolder
+from klreg_verl.experiment.store import RunFolder, run_folder
 
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: float32 weights and Adam's two moments."""
@@ -49,16 +49,16 @@ def estimate(
         model_folder: where a run's starting model is, or will be.
     """
     steps = step_times(specs, runs_dir)
-    sizes = {spec.run_id: checkpoint_bytes(_folder(spec, runs_dir), model_folder(spec)) for spec in specs}
+    sizes = {spec.run_id: checkpoint_bytes(run_folder(spec, runs_dir), model_folder(spec)) for spec in specs}
     return {
-        spec.run_id: _estimate(spec, _folder(spec, runs_dir), steps.get(spec.run_id), sizes[spec.run_id])
+        spec.run_id: _estimate(spec, run_folder(spec, runs_dir), steps.get(spec.run_id), sizes[spec.run_id])
         for spec in specs
     }
 
 
 def step_times(specs: Sequence[RunSpec], runs_dir: Path) -> dict[str, float]:
     """Run id -> seconds of one step, of runs of which it is known."""
-    measured = {spec.run_id: step_seconds(_folder(spec, runs_dir)) for spec in specs}
+    measured = {spec.run_id: step_seconds(run_folder(spec, runs_dir)) for spec in specs}
     found = {spec.run_id: _of_alike(spec, specs, measured) for spec in specs}
     return {run: seconds for run, seconds in found.items() if seconds is not None}
 
@@ -68,10 +68,6 @@ def same_work(one: RunSpec, other: RunSpec) -> bool:
     train = replace(one.train, steps=1) == replace(other.train, steps=1)
     kind = one.model == other.model and one.kl.is_exact == other.kl.is_exact
     return train and kind and one.resources == other.resources and dict(one.verl) == dict(other.verl)
-
-
-def _folder(spec: RunSpec, runs_dir: Path) -> RunFolder:
-    return RunFolder(runs_dir / spec.recipe / spec.run_id)
 
 
 def _of_alike(spec: RunSpec, specs: Sequence[RunSpec], steps: dict[str, float | None]) -> float | None:

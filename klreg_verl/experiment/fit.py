@@ -43,7 +43,7 @@ DECODE_SECONDS = 0.005
 VERL_UTILIZATION, VERL_SEQUENCES = 0.5, 256
 """verl 0.9.1's rollout.gpu_memory_utilization and rollout.max_num_seqs."""
 PACKED_TOKENS = 16384
-"""Of a micro-batch packed by tokens, at the least (overrides.py sets it so on a GPU)."""
+"""Of a micro-batch packed by tokens, at the least."""
 _ROLLOUT = "actor_rollout_ref.rollout"
 _ACTOR_FSDP = "actor_rollout_ref.actor.fsdp_config"
 _MODEL = "actor_rollout_ref.model"
@@ -289,9 +289,13 @@ def _vllm_weights(spec: RunSpec, model: Architecture) -> int:
 def micro_batch_tokens(spec: RunSpec) -> int:
     """Tokens of one forward pass on one GPU: packed by tokens, or `micro_batch` whole responses."""
     if spec.train.micro_batch is None:
-        packed = max(PACKED_TOKENS, 2 * _longest(spec))
-        return min(packed, -(-_responses(spec) // spec.resources.world_size) * _longest(spec))
+        return min(packed_tokens(spec), -(-_responses(spec) // spec.resources.world_size) * _longest(spec))
     return spec.train.micro_batch * _longest(spec)
+
+
+def packed_tokens(spec: RunSpec) -> int:
+    """verl's limit of a micro-batch that is packed by tokens, as overrides.py sets it on a GPU."""
+    return max(PACKED_TOKENS, 2 * _longest(spec))
 
 
 def utilization(spec: RunSpec) -> float:

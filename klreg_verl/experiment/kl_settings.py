@@ -24,6 +24,10 @@ EXACT = ("full_reverse", "full_forward", "topk_reverse", "topk_forward")
 """Divergences over the vocabulary, from both models' logits: core/exact.py. In the loss only."""
 REFERENCE_SAMPLES = "reference_samples"
 """-sum_t log pi(y_t) of whole responses drawn from the reference before the first update. In the loss only."""
+LOSS_ONLY = ("aggregation", "correction")
+"""Fields of a KL block that placement reward does not read."""
+REWARD_ONLY = ("credit", "baseline", "normalize_with_reward")
+"""Fields that placement loss does not read."""
 _OWN_ESTIMATOR = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -201,9 +205,9 @@ class KLSpec:
             raise FieldError("beta", f"{self.beta} is negative: it would reward leaving the reference. Give 0 or more.")
         self._check_estimator()
         if self.placement == "reward":
-            self._refuse({"aggregation", "correction"}, "placement reward: the charge is a part of the advantage.")
+            self._refuse(LOSS_ONLY, "placement reward: the charge is a part of the advantage.")
         if self.placement == "loss":
-            self._refuse({"credit", "baseline", "normalize_with_reward"}, "placement loss: nothing is charged.")
+            self._refuse(REWARD_ONLY, "placement loss: nothing is charged.")
         if self.normalize_with_reward:
             why = "normalize_with_reward: the response's charge becomes a part of its score, with GRPO's own mean."
             self._refuse({"credit", "baseline"}, why)

@@ -26,7 +26,7 @@ from typing import Any
 from klreg_verl.experiment import claims as claiming
 from klreg_verl.experiment import strict
 from klreg_verl.experiment.claims import ClaimSpec
-from klreg_verl.experiment.kl_settings import AlarmsSpec, KLSpec, ProbesSpec, ReferenceSpec
+from klreg_verl.experiment.kl_settings import LOSS_ONLY, REWARD_ONLY, AlarmsSpec, KLSpec, ProbesSpec, ReferenceSpec
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.settings import (
     DOTTED,
@@ -647,9 +647,5 @@ def _reads(placement: Node | None, key: str) -> bool:
     where = "none" if placement is None else placement.value
     if where == "none":
         return not key.startswith("kl.") or key == "kl.placement"
-    unread = {"reward": _LOSS_ONLY, "loss": _REWARD_ONLY}.get(where, ())
-    return key not in unread
-
-
-_LOSS_ONLY = ("kl.aggregation", "kl.correction")
-_REWARD_ONLY = ("kl.credit", "kl.baseline", "kl.normalize_with_reward")
+    unread = {"reward": LOSS_ONLY, "loss": REWARD_ONLY}.get(where, ())
+    return key.removeprefix("kl.") not in unread or not key.startswith("kl.")

@@ -21,12 +21,7 @@ from klreg_verl.experiment.kl_settings import (
     ReferenceSpec,
     check_drawn,
 )
-from klreg_verl.experiment.strict import FieldError
-
-
-def _at_least(name: str, value: float, minimum: float, why: str = "") -> None:
-    if value < minimum:
-        raise FieldError(name, f"{value} is too small: at least {minimum}.{' ' + why if why else ''}")
+from klreg_verl.experiment.strict import FieldError, at_least
 
 
 def _above_zero(name: str, value: float) -> None:
@@ -124,13 +119,13 @@ class TrainSpec:
     def __post_init__(self) -> None:
         ones = ("steps", "prompts_per_step", "responses_per_prompt", "updates_per_batch", "max_prompt_tokens")
         for name in (*ones, "max_response_tokens"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in ("learning_rate", "warmup_steps", "weight_decay"):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         for name in ("max_grad_norm", "temperature", "clip_ratio"):
             _above_zero(name, getattr(self, name))
         if self.micro_batch is not None:
-            _at_least("micro_batch", self.micro_batch, 1)
+            at_least("micro_batch", self.micro_batch, 1)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -181,9 +176,9 @@ class EvalSpec:
     """0 is greedy."""
 
     def __post_init__(self) -> None:
-        _at_least("every", self.every, 0)
-        _at_least("responses_per_prompt", self.responses_per_prompt, 1)
-        _at_least("temperature", self.temperature, 0)
+        at_least("every", self.every, 0)
+        at_least("responses_per_prompt", self.responses_per_prompt, 1)
+        at_least("temperature", self.temperature, 0)
         if self.temperature == 0 and self.responses_per_prompt > 1:
             raise FieldError(
                 "responses_per_prompt",
@@ -224,7 +219,7 @@ class RetentionSpec:
     """Of each skill; of a file the first ones."""
 
     def __post_init__(self) -> None:
-        _at_least("prompts", self.prompts, 1)
+        at_least("prompts", self.prompts, 1)
         for name in self.skills:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise FieldError(f"skills.{name}", "is part of a metric's name. Use letters, digits, _ and -.")
@@ -244,8 +239,8 @@ class SaveSpec:
     """Whether the last step is saved too."""
 
     def __post_init__(self) -> None:
-        _at_least("every", self.every, 1, "A run that saves nothing cannot be resumed.")
-        _at_least("keep", self.keep, 2, "A crash during a save with one checkpoint kept loses both.")
+        at_least("every", self.every, 1, "A run that saves nothing cannot be resumed.")
+        at_least("keep", self.keep, 2, "A crash during a save with one checkpoint kept loses both.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,9 +253,9 @@ class SamplesSpec:
     """Prompts kept of a batch; null: all."""
 
     def __post_init__(self) -> None:
-        _at_least("every", self.every, 0)
+        at_least("every", self.every, 0)
         if self.prompts is not None:
-            _at_least("prompts", self.prompts, 1, "To keep no samples say `every: 0`.")
+            at_least("prompts", self.prompts, 1, "To keep no samples say `every: 0`.")
             if self.every == 0:
                 raise FieldError("prompts", f"{self.prompts} has no effect with every 0: no samples are kept.")
 
@@ -284,7 +279,7 @@ class ResourcesSpec:
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "tensor_parallel"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         small, large = sorted((self.tensor_parallel, self.gpus_per_node))
         if self.world_size % self.tensor_parallel or large % small:
             raise FieldError(

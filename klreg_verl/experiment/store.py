@@ -57,6 +57,11 @@ def cache_root(runs_dir: Path) -> Path:
     return Path(os.environ.get("KLREG_CACHE") or runs_dir / ".cache").expanduser().resolve()
 
 
+def run_folder(spec: RunSpec, runs_dir: Path) -> RunFolder:
+    """A run's folder: `<runs_dir>/<recipe>/<arm>/<task>/[<grid>/]seed<k>`."""
+    return RunFolder(runs_dir / spec.recipe / spec.run_id)
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Replaces a file so that a reader, and a kill at any instant, sees the old or the new content and nothing else."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp"

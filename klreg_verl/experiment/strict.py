@@ -46,6 +46,12 @@ class FieldError(ValueError):
         super().__init__(f"{field}: {message}")
 
 
+def at_least(field: str, value: float | None, minimum: float, why: str = "") -> None:
+    """Raises FieldError for a value that is too small; None is no value."""
+    if value is not None and value < minimum:
+        raise FieldError(field, f"{value} is too small: at least {minimum}.{' ' + why if why else ''}")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Node:
     """One value of a YAML tree; compared by identity, so that a merged tree can be asked whose values reached it."""

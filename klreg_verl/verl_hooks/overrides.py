@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from klreg_verl.experiment.fit import packed_tokens
 from klreg_verl.experiment.plan import RunSpec
 
 Settings = dict[str, Any]
@@ -141,11 +142,7 @@ def _batches(spec: RunSpec, platform: str) -> Settings:
     train = spec.train
     values: Settings = {f"{ACTOR}.ppo_mini_batch_size": train.prompts_per_update}
     if train.micro_batch is None and platform == "cuda":
-        longest = train.max_prompt_tokens + train.max_response_tokens
-        return values | {
-            f"{ACTOR}.use_dynamic_bsz": True,
-            f"{ACTOR}.ppo_max_token_len_per_gpu": max(16384, 2 * longest),
-        }
+        return values | {f"{ACTOR}.use_dynamic_bsz": True, f"{ACTOR}.ppo_max_token_len_per_gpu": packed_tokens(spec)}
     share = train.prompts_per_update * train.responses_per_prompt // spec.resources.world_size
     micro_batch = train.micro_batch or share
     return values | {

@@ -49,7 +49,7 @@ check_machine() {
     local driver
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || true
     case "$driver" in [0-9]*.*) ;; *) refuse "nvidia-smi does not answer. Reboot after a driver update, or have the machine looked at." ;; esac
-    [ "${driver%%.*}" -ge 580 ] || refuse "the NVIDIA driver is $driver, CUDA 13 needs 580.65 or newer. Update it; no Python package brings one."
+    [ "$(printf '580.65\n%s\n' "$driver" | sort -V | head -n 1)" = 580.65 ] || refuse "the NVIDIA driver is $driver, CUDA 13 needs 580.65 or newer. Update it; no Python package brings one."
     local free
     free=$(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print int($4 / 1048576) }')
     [ "$free" -ge 25 ] || refuse "$(dirname "$venv") has $free GiB of free disk, the environment needs 25."
