@@ -34,7 +34,7 @@ _ROWS = (
     (
         "train/ungraded",
         "fraction",
-        "responses whose grading ended without a verdict (time or memory) and count as wrong",
+        "responses whose grading ended without a verdict (refused as a bomb, time, memory) and count as wrong",
     ),
     ("reward/penalized", "reward", "mean of score - beta * S, S the response-summed charge; the score outside reward"),
     ("response/length", "tokens", "mean number of response tokens"),
