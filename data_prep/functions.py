@@ -36,7 +36,7 @@ def load(name: str, *folders: Path | str) -> Function:
     return found
 
 
-def call(function: Function, *folders: Path | str, **given: Any) -> Any:
+def call(function: Function, /, *folders: Path | str, **given: Any) -> Any:
     """What the function returns, awaited where it is asynchronous; `folders` are there for what it imports late."""
     with _modules_in(folders):
         found = function(**given)

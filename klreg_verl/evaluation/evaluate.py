@@ -269,8 +269,8 @@ def reward_hash(task: Task) -> str:
 def _records(row: Sequence[Evaluation], ks: Sequence[int] | None) -> list[dict[str, Any]]:
     """The evaluations of one task with their numbers, pass@k and maj@k of these ks.
 
-    Beside its table each is written with those of all ks; and where nothing is compared now, with what it was compared
-    with before.
+    What is written beside a table depends neither on the ks (it has 1, 2, 4, ... and n) nor on a call that compares
+    nothing (it keeps what it was compared with before).
     """
     tables = {one.hash: one.store.read() for one in row}
     records = []

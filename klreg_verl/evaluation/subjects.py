@@ -55,7 +55,7 @@ class Subject:
 
     @property
     def exported(self) -> Path:
-        """Where the export of this checkpoint goes by default; beside other checkpoints' where it belongs to no run."""
+        """Where the export of this checkpoint goes by default; of one without a run, by the checkpoint's own path."""
         if self.run is not None:
             return self.run.path / "exports" / f"step{self.step}"
         place = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:8]
