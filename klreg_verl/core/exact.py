@@ -6,7 +6,6 @@ z for the policy's logits, p = softmax(z), q for the reference's probabilities, 
     full_reverse   KL(pi || pi_ref) = sum_v p log(p / q)    d D / d z_v = p_v (log(p_v / q_v) - D)
     full_forward   KL(pi_ref || pi) = sum_v q log(q / p)    d D / d z_v = p_v - q_v
     topk           either of them, after all tokens but k are merged into one: a lower bound, never negative
-    entropy        -sum_v p log p                           d H / d z_v = -p_v (log p_v + H)
 
 Gradients flow to the policy's logits only; the reference is fixed. Half precision is computed in float32. Tokens that
 neither model can produce (logits of -inf) are inert. Memory is a few times that of the logits;
@@ -29,6 +28,11 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 NAMES = ("full_reverse", "full_forward", "topk_reverse", "topk_forward")
 TOP_K = 64
 """Tokens that topk keeps apart where nothing is said."""
+
+
+def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities of the tokens, (..., V), (...) -> (...)."""
+    return logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def divergence(name: str, *, k: int | None = None) -> Divergence:

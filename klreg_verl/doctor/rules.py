@@ -88,7 +88,7 @@ class Rule:
 
     @property
     def is_usual(self) -> bool:
-        """One of those that an overview shows: the first or only aggregation, outside the std, halves as they belong."""
+        """One that an overview shows: the first or only aggregation, outside the std, both halves as they belong."""
         halves = self.placement != "both" or (self.credit == "sequence" and self.correction == "none")
         aggregation = self.is_drawn or self.aggregation == AGGREGATIONS[0]
         return halves and self.normalization == "none" and aggregation

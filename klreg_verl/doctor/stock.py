@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klreg_verl.core import exact
 from klreg_verl.doctor.rules import Charge, Pull
-from klreg_verl.doctor.subjects import BETA, of_tokens
+from klreg_verl.doctor.subjects import BETA
 
 NAMES = ("k1", "k2", "k3", "abs", "low_var_kl", "k1+", "k3+", "abs+")
 """verl has other names for the same lines: kl for k1, mse for k2, and k2+, mse+ for k2."""
@@ -50,13 +51,13 @@ class Stock:
 
     def value(self, estimator: str, logits: Tensor, ref_logits: Tensor, tokens: Tensor, cap: float | None) -> Tensor:
         """kl_penalty, which is what verl logs."""
-        return self._kl_penalty(estimator, of_tokens(logits, tokens), of_tokens(ref_logits, tokens))
+        return self._kl_penalty(estimator, exact.of_tokens(logits, tokens), exact.of_tokens(ref_logits, tokens))
 
     def loss(
         self, pull: Pull, logits: Tensor, ref_logits: Tensor, tokens: Tensor, mask: Tensor, old_logprobs: Tensor
     ) -> Tensor:
         """kl_penalty, back-propagated."""
-        return self._kl_penalty(pull.estimator, of_tokens(logits, tokens), of_tokens(ref_logits, tokens))
+        return self._kl_penalty(pull.estimator, exact.of_tokens(logits, tokens), exact.of_tokens(ref_logits, tokens))
 
     def penalty(
         self, charge: Charge, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, groups: Tensor, scores: Tensor

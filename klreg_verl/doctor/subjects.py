@@ -117,8 +117,8 @@ class Ours:
         if estimator in exact.NAMES:
             return exact.divergence(estimator, k=TOP_K)(logits, ref_logits)
         if estimator == REFERENCE_SAMPLES:
-            return of_tokens(ref_logits, tokens) - of_tokens(logits, tokens)
-        return kl.value(estimator, of_tokens(logits, tokens), of_tokens(ref_logits, tokens), cap=cap)
+            return exact.of_tokens(ref_logits, tokens) - exact.of_tokens(logits, tokens)
+        return kl.value(estimator, exact.of_tokens(logits, tokens), exact.of_tokens(ref_logits, tokens), cap=cap)
 
     def loss(
         self, pull: Pull, logits: Tensor, ref_logits: Tensor, tokens: Tensor, mask: Tensor, old_logprobs: Tensor
@@ -128,8 +128,8 @@ class Ours:
             return exact.divergence(pull.estimator, k=TOP_K)(logits, ref_logits)
         return penalties.kl_loss_per_token(
             pull.estimator,
-            of_tokens(logits, tokens),
-            of_tokens(ref_logits, tokens),
+            exact.of_tokens(logits, tokens),
+            exact.of_tokens(ref_logits, tokens),
             mask,
             old_logprobs=old_logprobs,
             correction=pull.correction,
@@ -156,11 +156,6 @@ class Ours:
 
 
 OURS = Ours()
-
-
-def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of each token, (N, T, V), (N, T) -> (N, T)."""
-    return logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def _is_differentiable(estimator: str) -> bool:

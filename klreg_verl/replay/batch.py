@@ -85,11 +85,6 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities of the tokens, (..., V), (...) -> (...)."""
-    return logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
 def pieces(index: Tensor, batch: Batch, vocab_size: int) -> Iterator[Tensor]:
     """`index` in pieces that one forward pass can take: at least one row each."""
     logits, tokens = batch.response_mask.shape[1] * vocab_size, batch.input_ids.shape[1]

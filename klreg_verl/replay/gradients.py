@@ -24,7 +24,7 @@ from klreg_verl.core import advantages, exact, penalties
 from klreg_verl.core.aggregation import masked, token_weights
 from klreg_verl.core.exact import Divergence
 from klreg_verl.experiment.kl_settings import KLSpec
-from klreg_verl.replay.batch import Batch, of_tokens, pieces, response_logits
+from klreg_verl.replay.batch import Batch, pieces, response_logits
 from klreg_verl.replay.settings import Setting
 from klreg_verl.replay.sketch import CountSketch
 from klreg_verl.verl_hooks import terms
@@ -124,7 +124,7 @@ def score(policy: Any, reference: Any, samples: Samples) -> Scored:
 def _logprobs(network: Any, samples: Samples) -> Tensor:
     batch = samples.batch
     found = [
-        of_tokens(response_logits(network, part, samples.temperature), part.tokens)
+        exact.of_tokens(response_logits(network, part, samples.temperature), part.tokens)
         for part in map(batch.rows, pieces(_all(batch), batch, network.config.get_text_config().vocab_size))
     ]
     return masked(torch.cat(found), batch.response_mask)
@@ -310,7 +310,7 @@ def _losses(passes: _Passes, parts: Sequence[Part], rows: Tensor) -> list[Tensor
     if any(one.divergence is not None for one in parts):
         with torch.no_grad():
             ref_logits = response_logits(passes.reference, part, temperature)
-    logprobs = of_tokens(logits, part.tokens)
+    logprobs = exact.of_tokens(logits, part.tokens)
     return [one.loss(rows, logprobs, logits, ref_logits) for one in parts]
 
 
