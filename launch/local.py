@@ -25,7 +25,6 @@ from klreg_verl.experiment import claims, provenance
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, Status, atomic_write, run_folder, write_json
 from klreg_verl.verl_hooks import checkpoints, cpu, overrides
-from klreg_verl.verl_hooks.watch import AlarmRaised
 from launch import failure, inputs, preflight
 from launch.display import Display
 from launch.session import AttachedSession, Session, attached_session, ray_session
@@ -33,6 +32,8 @@ from launch.session import AttachedSession, Session, attached_session, ray_sessi
 OBJECT_STORE_BYTES = 256 * 2**20
 """Ray's object store on a CPU: a tiny model's batches are megabytes, and Ray would take a third of the memory."""
 LOOK_SECONDS = 0.3
+ALARM = "AlarmRaised"
+"""The error of verl_hooks/watch.py with which a run's own alarms end it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,7 @@ def _watch(
     if end.code == 0 and folder.stop_asked():
         return Outcome(spec=spec, status="interrupted", reason=f"asked to stop, saved step {folder.last_step()}")
     reason = failure.reason(log, end)
-    return Outcome(spec=spec, status="failed", reason=reason, end="alarm" if AlarmRaised.__name__ in reason else "")
+    return Outcome(spec=spec, status="failed", reason=reason, end="alarm" if ALARM in reason else "")
 
 
 def _write_end(folder: RunFolder, attempt: Path, status: Status, reason: str, end: str = "") -> None:
