@@ -102,6 +102,35 @@ def write_study(
     return recipe_dir
 
 
+def evaluate(path: Path, step: int, right: list[list[bool]], *, name: str = "a", **changes: Any) -> None:
+    """What `klreg eval` leaves: the samples of each prompt as a table, the numbers as JSON."""
+    (path / "evals").mkdir(exist_ok=True)
+    stem = path / "evals" / f"step{step}-palindrome-{name}"
+    rows = [{"prompt": row, "sample": i, "valid": v} for row, draws in enumerate(right) for i, v in enumerate(draws)]
+    pq.write_table(pa.Table.from_pylist(rows), stem.with_suffix(".parquet"))
+    accuracy = sum(row["valid"] for row in rows) / len(rows)
+    record = {
+        "step": step,
+        "task": "palindrome",
+        "file": f"{stem.name}.parquet",
+        "data": {"sha256": "d"},
+        "reward": "r",
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "max_tokens": 12,
+        "seed": 1,
+        "prompts": len(right),
+        "samples": len(right[0]),
+        "accuracy": {"mean": accuracy},
+        "pass": {},
+        "maj": {},
+        "distinct_right": 1.0,
+        "diversity": {"valid_distinct": 1.5, "share_of_uniform": None},
+        "metrics": {"eval/palindrome/accuracy": accuracy, "eval/palindrome/pass@2": accuracy / 2},
+    }
+    stem.with_suffix(".json").write_text(json.dumps(record | changes))
+
+
 def card(arm: str, seed: int) -> dict[str, Any]:
     """A provenance.json in its real layout (experiment.provenance.collect, launch.local) with made-up values."""
     return {

@@ -378,6 +378,14 @@ def test_a_report_of_a_folder_asks_what_its_runs_asked(klreg: Klreg, study: Path
     assert (study.parent / "runs" / "study" / "report.md").read_text().startswith("# q\n")
 
 
+def test_further_measures_of_diversity_are_had_on_request(klreg: Klreg, study: Path):
+    folder = write_study(study.parent / "elsewhere", arms=("none",), steps=2)
+    for options, is_there in ([], False), (["--further"], True):
+        assert klreg("report", folder, "--embedder", "ngrams", *options).exit_code == 0
+        text = (folder / "report.md").read_text()
+        assert ("self-BLEU" in text, "Vendi score" in text) == (is_there, is_there)
+
+
 def test_report_of_runs_that_failed_before_their_first_step(klreg: Klreg, study: Path):
     folder = study.parent / "runs" / "study"
     write_run(folder, "none", [], status="failed", reason="KeyError: 'x'", steps=4)

@@ -282,3 +282,9 @@ def test_self_bleu_equals_counting_against_each_set_of_others():
 def test_empty_responses_are_alike_only_among_themselves():
     assert self_bleu([[], []]) == 1.0
     assert self_bleu([[], ["a"]]) < 0.1
+
+
+def test_a_share_of_more_answers_than_any_float_holds_is_zero():
+    (prompt,) = [Answers(num_samples=2, counts=(1, 1), num_possible=10**400)]
+    found = solutions([prompt], samples=2, valid_samples=2)
+    assert (found.share_of_possible, found.share_of_uniform) == (0.0, 1.0)

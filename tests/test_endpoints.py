@@ -7,10 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from run_folders import card, synthetic_samples, write_run
+from run_folders import card, evaluate, synthetic_samples, write_run
 
 from klreg_verl.analysis import claims, endpoints, runs
 from klreg_verl.analysis.runs import Run
@@ -21,35 +19,6 @@ from klreg_verl.experiment.claims import ClaimSpec
 def run_of(folder: Path, rows: list[dict[str, Any]], **more: Any) -> Run:
     path = write_run(folder, "none", rows, **more)
     return runs.read_run(path, folder)
-
-
-def evaluate(path: Path, step: int, right: list[list[bool]], *, name: str = "a", **changes: Any) -> None:
-    """What `klreg eval` leaves: the samples of each prompt as a table, the numbers as JSON."""
-    (path / "evals").mkdir(exist_ok=True)
-    stem = path / "evals" / f"step{step}-palindrome-{name}"
-    rows = [{"prompt": row, "sample": i, "valid": v} for row, draws in enumerate(right) for i, v in enumerate(draws)]
-    pq.write_table(pa.Table.from_pylist(rows), stem.with_suffix(".parquet"))
-    accuracy = sum(row["valid"] for row in rows) / len(rows)
-    record = {
-        "step": step,
-        "task": "palindrome",
-        "file": f"{stem.name}.parquet",
-        "data": {"sha256": "d"},
-        "reward": "r",
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "max_tokens": 12,
-        "seed": 1,
-        "prompts": len(right),
-        "samples": len(right[0]),
-        "accuracy": {"mean": accuracy},
-        "pass": {},
-        "maj": {},
-        "distinct_right": 1.0,
-        "diversity": {"valid_distinct": 1.5, "share_of_uniform": None},
-        "metrics": {"eval/palindrome/accuracy": accuracy, "eval/palindrome/pass@2": accuracy / 2},
-    }
-    stem.with_suffix(".json").write_text(json.dumps(record | changes))
 
 
 ACCURACY, PASS = "eval/palindrome/accuracy", "eval/palindrome/pass@2"

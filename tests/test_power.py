@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from run_folders import write_run
+from run_folders import evaluate, write_run
 from typer.testing import CliRunner
 
 from klreg_verl.analysis import power, runs
@@ -122,6 +122,21 @@ def test_the_command_answers_for_a_difference_and_a_margin() -> None:
     code, told = klreg("--sd", "0.02", "--difference", "0.01", "--margin", "0.01")
     assert code == 0 and "to see a difference of 0.01: 34 seeds" in told
     assert "to show equivalence within ±0.01: 36 seeds" in told
+
+
+def test_the_json_answers_for_a_difference_and_a_margin_too() -> None:
+    code, told = klreg("--sd", "0.02", "--difference", "0.01", "--margin", "0.01", "--json")
+    rows = json.loads(told)
+    assert code == 0 and {(row["seeds_for_difference"], row["seeds_for_margin"]) for row in rows} == {(34, 36)}
+
+
+def test_the_spread_of_what_klreg_eval_left_is_known(tmp_path: Path) -> None:
+    metric = "eval/palindrome/pass@2"
+    for arm in ("none", "reverse"):
+        for seed in (1, 2):
+            evaluate(write_run(tmp_path, arm, [{"step": 1, "x": 1.0}], seed=seed), 1, [[True, seed == 1]])
+    (found,) = power.spreads(runs.load(tmp_path), [metric])
+    assert found.comparison.left == (0.5, 0.25)  # as recorded: half of the accuracies 1 and 1/2
 
 
 def test_the_command_measures_the_spread_from_runs(study: Path) -> None:

@@ -342,12 +342,43 @@ def test_latex_tables_are_booktabs_and_escape_what_latex_reads(tmp_path):
     write_run(tmp_path, "my_arm", [{"step": step, "train/accuracy": 0.4 + 0.2 * (step % 2)} for step in range(1, 21)])
     report.write_report(tmp_path)
     text = (tmp_path / "tables" / "final.tex").read_text()
-    assert text.splitlines()[1:4] == [
-        r"\begin{tabular}{lrr}",
+    assert text.splitlines()[2:5] == [
+        r"\begin{tabular}{lrrr}",
         r"\toprule",
-        r"arm & Accuracy [share valid] & steps \\",
+        r"arm & Accuracy [share valid] & steps & $\pm$ over \\",
     ]
-    assert r"my\_arm & 0.500 $\pm$ 0.033 & 20 of 20, 10 steps \\" in text
+    assert r"my\_arm & 0.500 $\pm$ 0.033 & 20 of 20 & 10 steps \\" in text
+
+
+def test_an_arm_without_a_finished_run_is_interim_in_every_table_and_finding(tmp_path):
+    lines = [{"step": step, "train/accuracy": 0.5, "retention/spell": 0.9 - 0.1 * step} for step in range(3)]
+    write_run(tmp_path, "none", lines)
+    write_run(tmp_path, "reverse", lines, steps=4, status="failed")
+    text = report.write_report(tmp_path).markdown.read_text()
+    final, retention = ((tmp_path / "tables" / f"{name}.tex").read_text() for name in ("final", "retention"))
+    assert "2 of 4 (interim)" in final and "reverse (interim) & spell" in retention
+    assert "2 of 2 (interim)" not in final and "none (interim)" not in retention
+    assert text.count("Interim: no finished run of reverse (2 of 4 steps).") == 2  # findings, and at the end
+
+
+def test_a_claim_without_pairs_has_no_interval_of_nan(tmp_path):
+    entry = {"claims": claiming.card({"kept": KEPT}, None, "monday")}
+    write_run(tmp_path, "none", [{"step": 1, "diversity/coverage": 0.5}], provenance=card("none", 1) | entry)
+    report.write_report(tmp_path)
+    text = (tmp_path / "tables" / "claims.tex").read_text()
+    assert "nan" not in text and "& -- & -- &" in text
+
+
+def test_a_figure_that_the_runs_no_longer_give_is_taken_away(tmp_path):
+    write_run(tmp_path, "none", [{"step": step, "train/accuracy": 0.5} for step in (1, 2)])
+    stale = [tmp_path / "figures" / f"entropy.{kind}" for kind in ("png", "pdf")]
+    kept = tmp_path / "figures" / "mine.png"
+    kept.parent.mkdir()
+    for path in (*stale, kept):
+        path.write_text("old")
+    report.write_report(tmp_path)
+    assert (tmp_path / "figures" / "accuracy.pdf").exists() and kept.exists()
+    assert not any(path.exists() for path in stale)
 
 
 def test_a_table_that_has_no_rows_any_more_is_taken_away(tmp_path):

@@ -357,3 +357,13 @@ def test_errors_of_a_difference_add_in_squares():
     left, right = Estimate(mean=0.9, standard_error=0.03, num=10), Estimate(mean=0.5, standard_error=0.04, num=9)
     found = statistics.difference(left, right)
     assert found.mean == pytest.approx(0.4) and found.standard_error == pytest.approx(0.05) and found.num == 9
+
+
+def test_the_power_of_equivalence_of_two_pairs_has_a_closed_form():
+    # one degree of freedom: T = (Z + 0) / |Z'|, and both tests pass where |Z| < r - t |Z'| with r = margin sqrt 2:
+    # the integral over s = |Z'| from 0 to r / t of 2 phi(s) (2 Phi(r - t s) - 1), by a fine midpoint rule
+    t, r, steps = t_quantile(0.95, 1), 2.0 * math.sqrt(2), 200_000
+    s = (np.arange(steps) + 0.5) * (r / t / steps)
+    passing = np.array([math.erf(value / math.sqrt(2)) for value in r - t * s])
+    expected = float((2 * np.exp(-(s**2) / 2) / math.sqrt(2 * math.pi) * passing).sum() * r / t / steps)
+    assert statistics.power_equivalence(2.0, 2) == pytest.approx(expected, abs=1e-10)

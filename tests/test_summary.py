@@ -128,6 +128,25 @@ def test_the_scope_depends_on_the_number_of_seeds(tmp_path):
         assert ("Fewer than five seeds" in words) == (1 < seed < 5)
 
 
+def test_a_running_arm_is_no_evidence_and_its_comparisons_say_so(tmp_path):
+    for seed in (1, 2, 3, 4, 5):
+        write_run(tmp_path, "none", rows([0.5] * 4, kl=1.0), seed=seed)
+        write_run(tmp_path, "reverse", rows([0.6] * 2, kl=1.0), seed=seed, steps=4, status="interrupted")
+    groups = groups_of(tmp_path)
+    assert summary.scope(groups).startswith("No finished run of reverse: the values there are interim")
+    told = [text for text in summary.sentences(groups) if "against none" in text]
+    assert told and all("Interim: no finished run of reverse (2 of 4 steps)." in text for text in told)
+    assert not any("Interim" in text for text in summary.sentences([groups[0]]))
+
+
+def test_seeds_that_do_not_match_are_not_called_steps(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path, "none", rows([0.5] * 4), seed=seed)
+        write_run(tmp_path, "reverse", rows([0.6] * 4), seed=seed + 2)
+    told = summary.sentences(groups_of(tmp_path))[2]
+    assert "not paired: over 2 seeds and 2 seeds)" in told and "over steps" not in told
+
+
 def test_the_summary_table_has_nan_for_what_was_not_recorded(tmp_path):
     write_run(tmp_path, "none", rows([0.5] * 4, kl=1.0))
     (row,) = summary.summary_table(groups_of(tmp_path)).to_dict("records")
@@ -154,7 +173,9 @@ def test_checks_find_arms_that_do_not_start_alike(tmp_path):
 
 def test_facts_are_flat_and_long_texts_are_counted():
     card = {"gradient": "words", "git": {"commit": "abc", "diff": "x" * 1234}}
-    assert cards.facts(card) == {"git.commit": "abc", "git.diff": "(1,234 characters, in provenance.json)"}
+    assert cards.facts(card) == {"git.commit": "abc", "git.diff": "x" * 1234}
+    shown = cards.short(cards.facts(card)["git.diff"])
+    assert shown.startswith("(1,234 characters, sha256 ") and shown.endswith(", in provenance.json)")
 
 
 def test_facts_that_differ_between_runs_are_found(tmp_path):

@@ -64,6 +64,15 @@ def read(run: Run, when: When = "end", window: int = stats.WINDOW, further: bool
     return Stored(run=run, answers=answers, texts=texts, wording=means)
 
 
+def starters(runs: Iterable[Run]) -> list[Run]:
+    """One run of each task and seed that stored step 1: all arms have drawn the same there."""
+    first: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        if 1 in stored_steps(run):
+            first.setdefault((run.task, run.seed), run)
+    return list(first.values())
+
+
 def read_answers(table: pd.DataFrame) -> dict[Any, Answers]:
     """The draws of each prompt ("group") of a samples table."""
     numbers = table["num_valid"].tolist() if "num_valid" in table else [None] * len(table)

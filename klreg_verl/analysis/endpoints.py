@@ -102,7 +102,7 @@ def prompt_values(run: Run, metric: str) -> dict[Place, float]:
     if metric in PER_PROMPT:
         return _of_training(run, metric)
     records = [] if _is_logged(run, metric) else _records(run, metric)
-    by_step = {int(each["step"]): each for each in records if metric == f"eval/{each['task']}/accuracy"}
+    by_step = {int(each["step"]): each for each in records if _accuracies(each) == [metric]}
     tables = [_of_evaluation(run, by_step[step]) for step in sorted(by_step)[-LAST_EVALUATIONS:]]
     shared = set.intersection(*map(set, tables)) if tables else set()
     return {place: sum(table[place] for table in tables) / len(tables) for place in sorted(shared)}
@@ -127,6 +127,11 @@ def _of_prompt(prompt: diversity.Answers, metric: str) -> float | None:
     if metric == "diversity/unique_valid":
         return float(len(prompt.counts))
     return len(prompt.counts) / prompt.num_possible if prompt.num_possible else None
+
+
+def _accuracies(record: Mapping[str, Any]) -> list[str]:
+    """A file of one data source has one, which is the mean over all its prompts."""
+    return [key for key in mapping(record.get("metrics")) if key.endswith("/accuracy")]
 
 
 def _of_evaluation(run: Run, record: Mapping[str, Any]) -> dict[Place, float]:

@@ -14,17 +14,19 @@ from klreg_verl.analysis import cards, claims, retention, stats
 from klreg_verl.analysis.study import Study
 from klreg_verl.analysis.summary import (
     COLUMNS,
+    KL_K1,
     MANY_SEEDS,
     Group,
     alarms,
     contrast,
     final_change,
+    interim,
     unfinished,
 )
 
 SHORT = {
     "train/accuracy": "accuracy",
-    "kl_ref/k1_response": "KL",
+    KL_K1: "KL",
     "entropy/token": "entropy",
     "diversity/coverage": "coverage",
 }
@@ -113,8 +115,9 @@ def _against(group: Group, first: Group) -> str:
     verdict = ""
     if pairs >= MANY_SEEDS:
         verdict = f" Beyond two standard errors: {', '.join(clear) or 'none of them'}."
-    caution = cards.caution([*group.final_runs, *first.final_runs])
-    return f"{group.label} against {first.label} ({over}, exploratory): {', '.join(told)}.{verdict} {caution}".rstrip()
+    cautions = (interim([group, first]), cards.caution([*group.final_runs, *first.final_runs]))
+    text = f"{group.label} against {first.label} ({over}, exploratory): {', '.join(told)}.{verdict}"
+    return " ".join([text, *filter(None, cautions)])
 
 
 def _gap(difference: stats.Estimate) -> str:
@@ -152,7 +155,8 @@ def _predicted(study: Study) -> Iterable[Finding]:
         yield Finding(
             text=(
                 f"{_task(study, row.task)}{row.arm}: its objective{kind} is best at accuracy {found.accuracy:.3f} and "
-                f"KL {found.kl:.2f}; its runs reached {stats.text(row.accuracy, 3)} and {stats.text(row.kl, 2)}."
+                f"KL {found.kl:.2f}; its runs reached {stats.text(row.accuracy, 3)} and "
+                f"{stats.text(row.kl, 2)}{' (interim)' if row.is_interim else ''}."
             ),
             anchor="optimum",
         )
@@ -172,7 +176,7 @@ def _retained(study: Study) -> Iterable[Finding]:
             yield Finding(
                 text=(
                     f"{_task(study, task)}Skills that were not trained: the lowest change is {_gap(one.change)} "
-                    f"({group.label}, {one.skill})."
+                    f"({group.label}, {one.skill}{', interim' if group.is_interim else ''})."
                 ),
                 anchor="retention",
             )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from klreg_verl.analysis import stats
-from klreg_verl.analysis.diversity import read
+from klreg_verl.analysis.diversity import read, starters
 from klreg_verl.analysis.runs import Run, mapping
 from klreg_verl.analysis.summary import ACCURACY, KL_K1, Group, final_value
 from klreg_verl.core import optimum
@@ -99,7 +99,7 @@ def _of_reference_samples(beta: float, train: Mapping[str, Any], length: float) 
 
 @dataclass(frozen=True, kw_only=True)
 class Achieved:
-    """One arm's prediction beside what its finished runs reached; means over runs with errors over runs."""
+    """One arm's prediction beside what its runs reached; means over runs with errors over runs."""
 
     task: str
     arm: str
@@ -108,15 +108,17 @@ class Achieved:
     accuracy: Estimate
     kl: Estimate
     distinct: Estimate
-    """Distinct right answers in as many draws as the prediction's, of the last ten steps' samples."""
+    """Distinct right answers in as many draws as the prediction's, of the samples at the end."""
+    is_interim: bool = False
+    """Whether no run is finished: then what was reached is not where the arm ends."""
 
 
-def compare(groups: Sequence[Group], samples: int | None = None) -> list[Achieved]:
-    """A row a group; `samples` draws per prompt for the distinct answers, by default a quarter of those made."""
+def compare(groups: Sequence[Group]) -> list[Achieved]:
+    """A row a group; the distinct answers are those of a quarter of the draws that were made of a prompt."""
     rows = []
     for group in groups:
         start = starting_draws([each for each in groups if each.task == group.task])
-        draws = samples or max(1, min((each.num_samples for each in start), default=4) // 4)
+        draws = max(1, min((each.num_samples for each in start), default=4) // 4)
         length = final_value(group, "response/length").mean
         what = known(group.runs[0].spec, length)
         prediction = None
@@ -130,6 +132,7 @@ def compare(groups: Sequence[Group], samples: int | None = None) -> list[Achieve
                 prediction=prediction,
                 accuracy=final_value(group, ACCURACY),
                 kl=final_value(group, KL_K1),
+                is_interim=group.is_interim,
                 distinct=_distinct(group.final_runs, draws),
             )
         )
@@ -137,13 +140,9 @@ def compare(groups: Sequence[Group], samples: int | None = None) -> list[Achieve
 
 
 def starting_draws(groups: Sequence[Group]) -> list[Answers]:
-    """Step 1 of one run a seed: all arms of a seed have drawn the same there."""
-    first: dict[int, Run] = {}
-    for group in groups:
-        for run in group.runs:
-            if run.seed not in first and read(run, "start").answers:
-                first[run.seed] = run
-    return [each for seed in sorted(first) for each in read(first[seed], "start").answers.values()]
+    """Step 1 of one run a seed."""
+    first = starters(run for group in groups for run in group.runs)
+    return [each for run in sorted(first, key=lambda run: run.seed) for each in read(run, "start").answers.values()]
 
 
 def _distinct(runs: Sequence[Run], draws: int) -> Estimate:
@@ -175,6 +174,7 @@ def _sentence(row: Achieved) -> str:
     return (
         f"the optimum of {found.direction} KL at beta {found.beta:g}{kind} is accuracy {found.accuracy:.3f} (between "
         f"{found.low:.3f} and {found.high:.3f} whatever the prompts' chances are) at KL {found.kl:.2f}; achieved were "
+        f"{'so far, without a finished run, ' if row.is_interim else ''}"
         f"{stats.text(row.accuracy, 3)} at {stats.text(row.kl, 2)}. Distinct right answers in {found.samples} draws: "
         f"predicted {found.distinct:.2f}{_unresolved(found)}, achieved {stats.text(row.distinct, 2)}.{_distance(row)}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from klreg_verl.analysis import cards, claims, figures, findings, optimum, retention, stats, tables, templates
+from klreg_verl.analysis import cards, claims, figures, findings, optimum, retention, tables, templates
 from klreg_verl.analysis.cards import differing_facts, facts
 from klreg_verl.analysis.runs import Run
 from klreg_verl.analysis.samples import Response, SideBySide, side_by_side
@@ -14,14 +14,9 @@ from klreg_verl.analysis.summary import (
     Group,
     alarms,
     checks,
-    error_over,
-    evaluations,
-    final_value,
     gradients,
-    recorded_columns,
     scope,
     sentences,
-    steps_text,
     unfinished,
 )
 
@@ -120,7 +115,7 @@ def _dot(group: Group) -> str:
 
 
 def _table(head: str, rows: Iterable[str]) -> str:
-    body = "\n".join(f"<tr>{row}</tr>" if not row.startswith("<tr") else row for row in rows)
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
@@ -189,46 +184,13 @@ def _run_row(run: Run) -> str:
 def _summary(study: Study) -> str:
     if not study.groups:
         return ""
-    columns = recorded_columns(study.groups)
-    head = "<th>Arm<small>its gradient follows</small></th>"
-    head += "".join(
-        f'<th class="number">{escape(column.name)}<small>{escape(column.unit)}</small></th>' for column in columns
-    )
-    head += '<th class="number">Steps<small>± over</small></th>'
-    values = [[final_value(group, column.key) for column in columns] for group in study.groups]
-    places = [stats.places(column) for column in zip(*values, strict=True)]
-    rows, task = [], ""
-    for group, row in zip(study.groups, values, strict=True):
-        if len(study.tasks) > 1 and group.task != task:
-            task = group.task
-            rows.append(f'<tr class="task"><th colspan="{len(columns) + 2}">{escape(task)}</th></tr>')
-        rows.append(_summary_row(group, row, places))
-    note = (
-        '<p class="note">Means of the last ten steps of training; what ± is taken over stands in the last column.</p>'
-    )
     found = "".join(f"<li>{_unbroken(sentence)}</li>" for sentence in sentences(study.groups))
-    return f'{_table(head, rows)}{note}<ul class="found">{found}</ul>'
-
-
-def _summary_row(group: Group, values: Sequence[stats.Estimate], places: Sequence[int]) -> str:
-    cells = "".join(
-        f'<td class="number">{_estimate(value, place)}</td>' for value, place in zip(values, places, strict=True)
-    )
-    interim = "interim, " if group.is_interim else ""
-    return (
-        f"<th>{_dot(group)}{escape(group.label)}<small>{escape(group.follows)}</small></th>{cells}"
-        f'<td class="number">{escape(steps_text(group))}<small>{interim}{escape(error_over(group))}</small></td>'
-    )
+    return f'{_shown(tables.final(study))}<ul class="found">{found}</ul>'
 
 
 def _unbroken(sentence: str) -> str:
     """Escaped, and a line never ends at ±."""
     return escape(sentence).replace(" ± ", "&nbsp;±&nbsp;")
-
-
-def _estimate(value: stats.Estimate, places: int) -> str:
-    mean, _, error = stats.text(value, places).partition(" ± ")
-    return f"{mean}<small>± {error}</small>" if error else mean
 
 
 def _shown(table: tables.Table) -> str:
@@ -335,56 +297,24 @@ def _statement(group: Group) -> str:
 
 
 def _evaluations(study: Study) -> str:
-    parts = []
-    for task in study.tasks:
-        groups = study.of_task(task)
-        for key, table in evaluations(groups).items():
-            head = "<th>Arm</th>" + "".join(f'<th class="number">step {step}</th>' for step in table.steps)
-            rows = [
-                f"<th>{_dot(group)}{escape(group.label)}</th>"
-                + "".join(f'<td class="number">{_estimate(v, 3)}</td>' for v in values)
-                for group, values in zip(groups, table.values, strict=True)
-            ]
-            parts.append(f"<h3>{escape(key)}</h3>{_table(head, rows)}")
-    note = _note(
-        "Before training is step 0. With several seeds: mean ± standard error over those that evaluated there."
-    )
-    return "".join(parts) + note if parts else ""
+    note = "Before training is step 0. With several seeds: mean ± standard error over those that evaluated there."
+    return _titled(tables.evaluated(study), note)
 
 
 def _retained(study: Study) -> str:
     """Before and after, a row a setting and skill."""
-    head = "<th>Arm</th><th>Skill</th>" + "".join(
-        f'<th class="number">{name}</th>' for name in ("Before", "After", "Change")
-    )
-    parts = []
-    for task in study.tasks:
-        rows = [
-            f"<th>{_dot(group)}{escape(group.label)}</th><td>{escape(skill)}</td>"
-            + "".join(f'<td class="number">{_unbroken(text)}</td>' for text in texts)
-            for group, skills in retention.retained(study.of_task(task))
-            for skill, *texts in retention.retained_cells(skills)
-        ]
-        parts += [_with_heading(study, task, _table(head, rows))] if rows else []
-    return "".join(parts) + _note(retention.RETENTION_NOTE) if parts else ""
+    table = tables.retained(study)
+    return _shown(table) if table.lines else ""
 
 
 def _evaluated(study: Study) -> str:
     """What `klreg eval` left in the run folders, a table a task."""
-    labels = {run: group for group in study.groups for run in group.runs}
-    found = retention.evaluated(study.runs)
-    head = "".join(f"<th>{escape(name)}</th>" for name in retention.HEAD)
-    parts = []
-    for task in dict.fromkeys(row.task for row in found):
-        rows = []
-        for row in (row for row in found if row.task == task):
-            first, *rest = retention.cells(row, f"{row.run.label}, seed {row.run.seed}")
-            rows.append(
-                f"<th>{_dot(labels[row.run])}{escape(first)}</th>"
-                + "".join(f'<td class="number">{escape(text)}</td>' for text in rest)
-            )
-        parts.append(f"<h3>{escape(task)}</h3>{_table(head, rows)}")
-    return "".join(parts) + _note(retention.EVALUATION_NOTE) if parts else ""
+    return _titled(tables.checkpoints(study), retention.EVALUATION_NOTE)
+
+
+def _titled(every: Sequence[tables.Table], note: str) -> str:
+    parts = [f"<h3>{escape(table.title)}</h3>{_shown(table)}" for table in every]
+    return "".join(parts) + _note(note) if parts else ""
 
 
 def _samples(study: Study) -> str:

@@ -20,10 +20,10 @@ from klreg_verl.analysis.endpoints import endpoint
 from klreg_verl.analysis.runs import Run
 from klreg_verl.core import statistics
 from klreg_verl.core.statistics import LEVEL, POWER, Paired, paired
-from klreg_verl.experiment.claims import ClaimSpec
+from klreg_verl.experiment.claims import ACHIEVED_KL, ClaimSpec
 
 SEEDS = (3, 4, 5, 6, 8, 10, 12, 16, 20)
-DEFAULT_METRICS = ("train/accuracy", "kl_ref/k1_response", "entropy/token", "diversity/coverage")
+DEFAULT_METRICS = ("train/accuracy", ACHIEVED_KL, "entropy/token", "diversity/coverage")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def spreads(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> list[S
         ValueError: a metric is named that no run has recorded.
     """
     recorded = sorted({str(key) for run in runs for key in run.training})
-    if unknown := [metric for metric in metrics or () if metric not in recorded]:
+    if unknown := [metric for metric in metrics or () if all(math.isnan(endpoint(run, metric)) for run in runs)]:
         raise ValueError(f"No run has recorded {unknown[0]}. Recorded are: {', '.join(recorded)}.")
     held_out = [key for key in recorded if key.startswith("eval/")]
     chosen = metrics or [*held_out, *(key for key in DEFAULT_METRICS if key in recorded)]
@@ -117,6 +117,16 @@ def seeds_table(question: Question, sd: float = 1.0, seeds: Sequence[int] = SEED
     ]
 
 
+def general_rows(question: Question, sd: float | None) -> list[dict[str, Any]]:
+    """`seeds_table` with what the question needs in every row, where `sd` is given."""
+    rows = seeds_table(question, 1.0 if sd is None else sd)
+    return rows if sd is None else [row | _seeds_for(question, sd) for row in rows]
+
+
+def _seeds_for(question: Question, sd: float) -> dict[str, int | None]:
+    return {f"seeds_for_{key}": value for key, value in needed(question, sd).items()}
+
+
 def needed(question: Question, sd: float) -> dict[str, int | None]:
     """Seeds for the question's difference and margin, if `sd` is the spread; None: more than statistics.MAX_SEEDS."""
     found: dict[str, int | None] = {}
@@ -152,7 +162,7 @@ def spread_row(spread: Spread, question: Question) -> dict[str, Any]:
         "detectable": now["difference"],
         "smallest_margin": now["margin"],
     }
-    return row | {f"seeds_for_{key}": value for key, value in needed(question, limit).items()}
+    return row | _seeds_for(question, limit)
 
 
 def check_options(runs: Path | None, metrics: Sequence[str] | None, sd: float | None, question: Question) -> None:

@@ -15,7 +15,7 @@ The same run folders give the same bytes. An anonymous report has no host, path 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,16 @@ from klreg_verl.analysis import cards, claims, figures, findings, optimum, reten
 from klreg_verl.analysis.cards import differing_facts, facts
 from klreg_verl.analysis.embeddings import Embedder
 from klreg_verl.analysis.page import against_kl_text, counts, render, smoothing_text
-from klreg_verl.analysis.runs import Run, write_long_table
+from klreg_verl.analysis.runs import write_long_table
 from klreg_verl.analysis.study import Study, read_study
 from klreg_verl.analysis.summary import (
-    Column,
     Group,
     alarms,
     checks,
-    error_over,
-    evaluations,
-    final_value,
     gradients,
     recorded_columns,
     scope,
     sentences,
-    steps_text,
     summary_table,
     unfinished,
 )
@@ -70,6 +65,7 @@ def write_report(
     *,
     anonymous: bool = False,
     embedder: Embedder | None = None,
+    further: bool = False,
 ) -> ReportPaths:
     """Reads the runs below ``recipe_dir`` and writes their report into it.
 
@@ -81,12 +77,13 @@ def write_report(
             the recipe has them now: those of the run cards are decided without it.
         anonymous: leave out hosts, paths, remotes and addresses.
         embedder: for the cosines of responses; None leaves them out.
+        further: also self-BLEU, and with an embedder the Vendi score, which take longer.
 
     Raises:
         ValueError: there is no such folder.
     """
     recipe_dir = Path(recipe_dir)
-    study = read_study(recipe_dir, recipe_text or {}, anonymous=anonymous, embedder=embedder)
+    study = read_study(recipe_dir, recipe_text or {}, anonymous=anonymous, embedder=embedder, further=further)
     drawn = _write_figures(study, recipe_dir / "figures")
     html, markdown = recipe_dir / "report.html", recipe_dir / "report.md"
     _write(html, render(study))
@@ -129,7 +126,10 @@ def _lines(study: Study) -> list[str]:
     shown = study.groups[: max(4, MAX_LINES - 5 - len(ends))]
     columns = [column for column in recorded_columns(study.groups) if column.slug in TERMINAL_COLUMNS]
     more = _more_columns(study, shown)
-    rows = [[*row[:-2], *extra, *row[-2:]] for row, extra in zip(_cells(shown, columns), more[1], strict=True)]
+    rows = [
+        [line.label, line.small, *line.cells[:-2], *extra, *line.cells[-2:]]
+        for line, extra in zip(tables.final_of(shown, columns).lines, more[1], strict=True)
+    ]
     header = ["arm", "gradient follows", *(column.name for column in columns), *more[0], "steps", "± over"]
     lines = _aligned([header, *rows]) if rows else ["No runs."]
     unseen = len(study.groups) - len(shown)
@@ -175,16 +175,18 @@ def markdown_text(study: Study, drawn: Sequence[str], written: str = "") -> str:
             "\n".join(f"- {sentence}" for sentence in cards.sentences(study.differences)),
         ),
         _section("Runs that are not finished or not whole", _unfinished_lines(study)),
-        _section("Alarms", _table(("run", "alarm", "where"), alarms(study.runs))),
+        _section("Alarms", tables.pipes(("run", "alarm", "where"), alarms(study.runs))),
         _section("At the end", _summary_markdown(study)),
         _section("Figures", _figures_markdown(study, drawn)),
         _section("Diversity", _with_note(tables.diversity(study))),
         _section("Predicted optimum and what was achieved", _optimum_markdown(study)),
         _section("What each arm's gradient followed", _gradient_lines(study)),
-        _section("Held-out evaluation", _evaluation_tables(study)),
-        _section("Skills that were not trained", _retention_tables(study)),
-        _section("Checkpoints evaluated", _checkpoint_tables(study)),
-        _section("Can the measurements be trusted?", _table(("looked at", "found", "should be"), checks(study.groups))),
+        _section("Held-out evaluation", _titled(tables.evaluated(study))),
+        _section("Skills that were not trained", _with_note(tables.retained(study))),
+        _section("Checkpoints evaluated", _titled(tables.checkpoints(study), retention.EVALUATION_NOTE)),
+        _section(
+            "Can the measurements be trusted?", tables.pipes(("looked at", "found", "should be"), checks(study.groups))
+        ),
         _section("Run cards", _card_lines(study)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -206,7 +208,17 @@ def _write_figures(study: Study, folder: Path) -> list[Path]:
         if any(panel.name in drawings for panel in figures.OVERVIEW):
             overviews.append(figures.overview(groups, place / "overview.png"))
         single += [figures.png(draw, place / f"{name}.png", groups) for name, draw in drawings.items()]
+    _remove_undrawn(study, folder, {*overviews, *single})
     return overviews + single
+
+
+def _remove_undrawn(study: Study, folder: Path, drawn: set[Path]) -> None:
+    """Figures of an earlier report that these runs do not give."""
+    for place in (folder, *(folder / task for task in study.tasks)):
+        for path in (place / f"{name}.png" for name in figures.TITLES):
+            if path not in drawn:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".pdf").unlink(missing_ok=True)
 
 
 def _findings(path: Path) -> str:
@@ -217,23 +229,6 @@ def _findings(path: Path) -> str:
     return inside if start and end else ""
 
 
-def _cells(groups: Sequence[Group], columns: Sequence[Column]) -> list[list[str]]:
-    """A row a group; a column's numbers have the same decimals."""
-    values = [[final_value(group, column.key) for group in groups] for column in columns]
-    texts = [[stats.text(value, stats.places(column)) for value in column] for column in values]
-    several = len({group.task for group in groups}) > 1
-    return [
-        [
-            f"{group.task}: {group.label}" if several else group.label,
-            group.follows,
-            *(column[index] for column in texts),
-            steps_text(group) + (" (interim)" if group.is_interim else ""),
-            error_over(group),
-        ]
-        for index, group in enumerate(groups)
-    ]
-
-
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -241,11 +236,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}" if body else ""
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]) if lines else ""
 
 
 def _claim_lines(study: Study) -> str:
@@ -260,13 +250,8 @@ def _unfinished_lines(study: Study) -> str:
 
 
 def _summary_markdown(study: Study) -> str:
-    if not study.groups:
-        return ""
-    columns = recorded_columns(study.groups)
-    head = ["arm", "gradient follows", *(f"{column.name} [{column.unit}]" for column in columns), "steps", "± over"]
-    table = _table(head, _cells(study.groups, columns))
     found = "\n".join(f"- {sentence}" for sentence in sentences(study.groups))
-    return f"{table}\n\nMeans of the last ten steps of training.\n\n{found}"
+    return f"{_with_note(tables.final(study))}\n\n{found}" if study.groups else ""
 
 
 def _figures_markdown(study: Study, drawn: Sequence[str]) -> str:
@@ -291,37 +276,9 @@ def _gradient_lines(study: Study) -> str:
     return "\n".join(f"- **{label}**: {text}" for label, text in told.items())
 
 
-def _evaluation_tables(study: Study) -> str:
-    parts = []
-    for task in study.tasks:
-        groups = study.of_task(task)
-        for key, table in evaluations(groups).items():
-            rows = zip(groups, table.values, strict=True)
-            body = [[group.label, *(stats.text(value, 3) for value in values)] for group, values in rows]
-            parts.append(f"`{key}`\n\n{_table(['arm', *(f'step {step}' for step in table.steps)], body)}")
-    return "\n\n".join(parts)
-
-
-def _retention_tables(study: Study) -> str:
-    rows = [
-        (task if len(study.tasks) > 1 else "", group.label, *texts)
-        for task in study.tasks
-        for group, skills in retention.retained(study.of_task(task))
-        for texts in retention.retained_cells(skills)
-    ]
-    head = ("task", "arm", "skill", "before", "after", "change")
-    several = len(study.tasks) > 1
-    table = _table(head if several else head[1:], rows if several else [row[1:] for row in rows])
-    return f"{table}\n\n{retention.RETENTION_NOTE}" if rows else ""
-
-
-def _checkpoint_tables(study: Study) -> str:
-    found = retention.evaluated(study.runs)
-    parts = []
-    for task in dict.fromkeys(row.task for row in found):
-        rows = [retention.cells(row, f"{row.run.label}, seed {row.run.seed}") for row in found if row.task == task]
-        parts.append(f"`{task}`\n\n{_table(retention.HEAD, rows)}")
-    return "\n\n".join([*parts, retention.EVALUATION_NOTE]) if parts else ""
+def _titled(every: Sequence[tables.Table], note: str = "") -> str:
+    parts = [f"`{table.title}`\n\n{tables.markdown(table)}" for table in every]
+    return "\n\n".join([*parts, *filter(None, [note])]) if parts else ""
 
 
 def _card_lines(study: Study) -> str:
@@ -340,9 +297,12 @@ def _card_lines(study: Study) -> str:
         for key, values in cards.changed(run).items()
         for number, value in values
     ]
-    tables = [_table(("the same in all runs", "value"), shared), _table(("run", *differing), rows) if differing else ""]
-    tables.append(_table(("run", "changed between its attempts", "attempt", "value"), changed))
-    return "\n\n".join(table for table in tables if table)
+    parts = [
+        tables.pipes(("the same in all runs", "value"), shared),
+        tables.pipes(("run", *differing), rows if differing else ()),
+        tables.pipes(("run", "changed between its attempts", "attempt", "value"), changed),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _code(value: str) -> str:

@@ -16,8 +16,8 @@ from klreg_verl.analysis import stats
 from klreg_verl.analysis.runs import Run
 from klreg_verl.analysis.stats import Estimate
 from klreg_verl.analysis.summary import Group
+from klreg_verl.core.alarms import RETENTION
 
-RETENTION = "retention/"
 RETENTION_NOTE = (
     "Accuracy on prompts of skills that the run did not train: before training, at the last validation, and the change "
     "within each run. With several seeds: mean ± standard error over seeds; one seed's change also has the noise of "

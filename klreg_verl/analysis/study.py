@@ -47,6 +47,7 @@ def read_study(
     *,
     anonymous: bool = False,
     embedder: Embedder | None = None,
+    further: bool = False,
 ) -> Study:
     """The runs of a recipe with its question; the arguments are those of ``report.write_report``."""
     recipe_dir = Path(recipe_dir)
@@ -62,7 +63,7 @@ def read_study(
         groups=groups,
         missing=tuple(run_id for run_id in recipe_text.get("planned") or () if run_id not in existing),
         verdicts=tuple(claims.judge(runs, recipe_text.get("claims"))),
-        variety=variety.measure(groups, embedder),
+        variety=variety.measure(groups, embedder, further=further),
         optima=tuple(optimum.compare(groups)),
         differences=tuple(cards.undeclared(runs)),
     )

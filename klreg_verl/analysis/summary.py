@@ -16,9 +16,10 @@ import pandas as pd
 from klreg_verl.analysis import cards, stats
 from klreg_verl.analysis.runs import Run
 from klreg_verl.analysis.stats import Estimate
+from klreg_verl.experiment.claims import ACHIEVED_KL
 
 ACCURACY = "train/accuracy"
-KL_K1 = "kl_ref/k1_response"
+KL_K1 = ACHIEVED_KL
 MANY_SEEDS = 5
 """Seeds from which the spread between them is taken seriously."""
 
@@ -195,11 +196,17 @@ def sentences(groups: Sequence[Group]) -> list[str]:
 
 
 def scope(groups: Sequence[Group]) -> str:
-    """What the number of seeds allows a reader to conclude, and what is missing."""
-    seeds = [len(group.final_runs) for group in groups]
-    if not seeds or max(seeds) == 0:
+    """What the number of finished seeds allows a reader to conclude, and what is missing."""
+    seeds = [sum(run.is_done for run in group.final_runs) for group in groups]
+    if not any(group.final_runs for group in groups):
         return "No run has a training step yet, so there is nothing to read from this report but its list of runs."
-    if min(seeds) <= 1:
+    if min(seeds) == 0:
+        waiting = ", ".join(dict.fromkeys(group.label for group in groups if group.is_interim))
+        return (
+            f"No finished run of {waiting}: the values there are interim, of runs as far as they came, and differences "
+            "from them are at unequal steps. Nothing is to be concluded before every arm has finished."
+        )
+    if min(seeds) == 1:
         return (
             "With one seed in an arm this report shows the machinery, not evidence: another seed may order the arms "
             "otherwise. Where an arm has one seed, what follows ± is the standard error over the steps of that run; it "
@@ -209,8 +216,8 @@ def scope(groups: Sequence[Group]) -> str:
     few = " Fewer than five seeds give a rough idea of the spread only." if min(seeds) < MANY_SEEDS else ""
     return (
         f"Every arm has {min(seeds)} or more finished seeds; what follows ± is the standard error over seeds, and "
-        f"differences between arms are paired by seed.{few} No correction for the number of comparisons is made: read "
-        "them as exploratory."
+        f"differences between arms are paired by seed.{few} Only registered claims are corrected for their number: "
+        "read every other comparison as exploratory."
     )
 
 
@@ -303,6 +310,7 @@ def _movement(group: Group, prefix: str) -> str:
     gap = f"difference {stats.text(moved.difference, places, sign=True)}"
     when = f"first {moved.window} against last {moved.window} steps"
     over = f", over {error_over(group)}" if len(group.final_runs) > 1 else ""
+    over += f"; interim, {steps_text(group)} steps" if group.is_interim else ""
     how = {1: f"rose from {first} to {last}", -1: f"fell from {first} to {last}"}
     moving = how.get(moved.direction, f"went from {first} to {last}, within two standard errors")
     return f"{prefix}{group.label}: accuracy {moving}; {when} ({gap}{over})."
@@ -314,18 +322,26 @@ def _comparison(group: Group, baseline: Group, column: Column, prefix: str) -> s
     if math.isnan(gap.mean):
         return ""
     places = stats.places([gap])
-    return (
+    told = (
         f"{prefix}{group.label} against {baseline.label}: {column.spoken} ended at {stats.number(found.group, places)} "
         f"against {stats.number(found.baseline, places)} "
-        f"(difference {stats.text(gap, places, sign=True)} {_pairing(found)}). "
-        f"{cards.caution([*group.final_runs, *baseline.final_runs])}"
-    ).rstrip()
+        f"(difference {stats.text(gap, places, sign=True)} {_pairing(found, group, baseline)})."
+    )
+    cautions = (interim([group, baseline]), cards.caution([*group.final_runs, *baseline.final_runs]))
+    return " ".join([told, *filter(None, cautions)])
 
 
-def _pairing(found: Contrast) -> str:
+def interim(groups: Sequence[Group]) -> str:
+    """What is to be said beside a comparison of which a side has no finished run; "" where both have one."""
+    names = [f"{group.label} ({steps_text(group)} steps)" for group in groups if group.is_interim]
+    return f"Interim: no finished run of {' and '.join(names)}." if names else ""
+
+
+def _pairing(found: Contrast, group: Group, baseline: Group) -> str:
     """What the error of a difference is over; from five seeds on also how it compares with twice that error."""
     if found.num_pairs < 2:
-        return "over steps"
+        single = len(group.final_runs) == 1 == len(baseline.final_runs)
+        return "over steps" if single else f"not paired: over {error_over(group)} and {error_over(baseline)}"
     over = f"over {found.num_pairs} paired seeds"
     clear = "more than" if stats.clear_sign(found.difference) else "within"
     return over if found.num_pairs < MANY_SEEDS else f"{over}, {clear} two standard errors"
@@ -368,8 +384,8 @@ def _first_step_spread(runs: Sequence[Run]) -> str:
 
 
 def _first_step_kl(runs: Sequence[Run]) -> str:
-    key = "kl_ref/k1_response"
-    known = [abs(float(run.training.loc[1, key])) for run in runs if key in run.training and 1 in run.training.index]
+    with_kl = [run for run in runs if KL_K1 in run.training and 1 in run.training.index]
+    known = [abs(float(run.training.loc[1, KL_K1])) for run in with_kl]
     return f"{max(known):.2g} nats per response" if known else ""
 
 

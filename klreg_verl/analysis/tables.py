@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from klreg_verl.analysis import claims, retention, stats
 from klreg_verl.analysis.optimum import Achieved
 from klreg_verl.analysis.stats import Estimate
 from klreg_verl.analysis.study import Study
-from klreg_verl.analysis.summary import Group, error_over, final_value, recorded_columns, steps_text
+from klreg_verl.analysis.summary import (
+    Column,
+    Group,
+    error_over,
+    evaluations,
+    final_value,
+    recorded_columns,
+    steps_text,
+)
+from klreg_verl.core.statistics import Paired
 
 WHICH = ("predicted", "achieved")
 LATEX = {
@@ -62,6 +71,9 @@ class Table:
     title: str
     first: str
     """Head of the labels."""
+    small: str = ""
+    """Head of what stands under the labels: a column of its own where nothing can stand under another; "" leaves it
+    out there."""
     heads: tuple[Head, ...]
     lines: tuple[Line, ...]
     note: str = ""
@@ -69,17 +81,24 @@ class Table:
 
 def markdown(table: Table) -> str:
     """The table alone, without its note; "" without rows."""
-    if not table.lines:
-        return ""
-    heads = [f"{head.name} [{head.unit}]" if head.unit else head.name for head in table.heads]
-    rows = [[table.first, *heads], ["---"] * (len(heads) + 1)]
-    rows += [[line.label, *line.cells] for line in table.lines]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    small = [table.small] if table.small else []
+    rows = [(line.label, *([line.small] if small else []), *line.cells) for line in table.lines]
+    return pipes([table.first, *small, *_heads(table)], rows)
+
+
+def pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of texts as a table in Markdown; "" without rows."""
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]) if lines else ""
+
+
+def _heads(table: Table) -> list[str]:
+    return [f"{head.name} [{head.unit}]" if head.unit else head.name for head in table.heads]
 
 
 def latex(table: Table) -> str:
     """A tabular for \\usepackage{booktabs}, with the title and the note as comments."""
-    heads = [f"{head.name} [{head.unit}]" if head.unit else head.name for head in table.heads]
+    heads = _heads(table)
     rows = [" & ".join(map(tex, (line.label, *line.cells))) + r" \\" for line in table.lines]
     comments = [f"% {text}" for text in (table.title, table.note) if text]
     return "\n".join(
@@ -110,24 +129,34 @@ def all_tables(study: Study) -> list[Table]:
 
 def final(study: Study) -> Table:
     """The final values of every setting."""
-    columns = recorded_columns(study.groups)
-    values = [[final_value(group, column.key) for group in study.groups] for column in columns]
-    texts = _columns(values)
+    return final_of(study.groups, recorded_columns(study.groups))
+
+
+def final_of(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
+    """The final values of some settings; one without a finished run is marked."""
+    texts = _columns([[final_value(group, column.key) for group in groups] for column in columns])
+    heads = [Head(name=column.name, unit=column.unit) for column in columns]
     return Table(
         name="final",
-        title="Means of the last ten steps of training",
+        title="Every setting at the end",
         first="arm",
-        heads=(*(Head(name=column.name, unit=column.unit) for column in columns), Head(name="steps")),
+        small="gradient follows",
+        heads=(*heads, Head(name="steps"), Head(name="± over")),
         lines=tuple(
             Line(
-                label=_label(study, group),
+                label=_label(groups, group),
                 small=group.follows,
                 group=group,
-                cells=(*(column[index] for column in texts), f"{steps_text(group)}, {error_over(group)}"),
+                cells=(*(column[index] for column in texts), _steps(group), error_over(group)),
             )
-            for index, group in enumerate(study.groups)
+            for index, group in enumerate(groups)
         ),
+        note="Means of the last ten steps of training; what ± is taken over stands in the last column.",
     )
+
+
+def _steps(group: Group) -> str:
+    return f"{steps_text(group)}{' (interim)' if group.is_interim else ''}"
 
 
 def diversity(study: Study) -> Table:
@@ -139,7 +168,7 @@ def diversity(study: Study) -> Table:
     several = len(study.tasks) > 1
     return Table(
         name="diversity",
-        title="Diversity of the last ten steps' samples",
+        title="Diversity of the samples at the end",
         first="arm",
         heads=tuple(Head(name=f"{kinds[one.kind]}{one.name}", unit=found.unit(one)) for one in measures),
         lines=tuple(
@@ -167,7 +196,7 @@ def optima(study: Study) -> Table:
         heads=tuple(heads),
         lines=tuple(
             Line(
-                label=f"{row.task}: {row.arm}" if several else row.arm,
+                label=f"{f'{row.task}: ' if several else ''}{row.arm}{' (interim)' if row.is_interim else ''}",
                 small=row.known.why,
                 group=next((g for g in study.groups if (g.task, g.label) == (row.task, row.arm)), None),
                 cells=_optimum_cells(row),
@@ -193,45 +222,96 @@ def _optimum_cells(row: Achieved) -> tuple[str, ...]:
 
 def claimed(study: Study) -> Table:
     """How the claims ended."""
-    found = claims.table(study.verdicts).to_dict("records") if study.verdicts else []
     heads = ("outcome", "difference", "95 % interval", "margin", "seeds", "p difference", "p equivalence")
     return Table(
         name="claims",
         title="The claims, Holm-corrected inside the list",
         first="claim",
         heads=tuple(Head(name=name) for name in heads),
-        lines=tuple(_claim_line(row) for row in found),
+        lines=tuple(_claim_line(verdict) for verdict in study.verdicts),
     )
 
 
-def _claim_line(row: dict[str, float]) -> Line:
-    low, high = (stats.number(row[name], 3) for name in ("low", "high"))
+def _claim_line(verdict: claims.Verdict) -> Line:
+    claim, decision = verdict.claim, verdict.decision
     cells = (
-        f"{row['outcome']}{'' if row['registered'] else ' (exploratory)'}",
-        stats.number(row["difference"], 3, sign=True),
-        f"{low} to {high}",
-        f"±{row['margin']:g}",
-        f"{row['pairs']}",
-        claims.p_text(row["p_difference"]),
-        claims.p_text(row["p_equivalence"]),
+        f"{decision.outcome}{'' if verdict.is_registered else ' (exploratory)'}",
+        *_claim_estimate(verdict.comparison),
+        f"±{claim.margin:g}",
+        f"{verdict.comparison.num}",
+        claims.p_text(decision.p_difference),
+        claims.p_text(decision.p_equivalence),
     )
-    return Line(label=f"{row['claim']}: {row['metric']}, {row['first']} − {row['second']}", cells=cells)
+    return Line(label=f"{verdict.name}: {claim.metric}, {claim.contrast[0]} − {claim.contrast[1]}", cells=cells)
+
+
+def _claim_estimate(found: Paired) -> tuple[str, str]:
+    """Difference and interval with the decimals that the error allows; "–" for what is not known."""
+    places = stats.decimals([found.standard_error])
+    mean = stats.number(found.mean, places, sign=True) if found.num else "–"
+    low, high = (stats.number(end, places) for end in found.interval())
+    return mean, f"{low} to {high}" if found.is_testable else "–"
 
 
 def retained(study: Study) -> Table:
     """Skills before and after."""
     return Table(
         name="retention",
-        title=retention.RETENTION_NOTE,
+        title="Skills that were not trained",
         first="arm",
         heads=tuple(Head(name=name) for name in ("skill", "before", "after", "change")),
         lines=tuple(
-            Line(label=_label(study, group), group=group, cells=texts)
+            Line(
+                label=f"{_label(study.groups, group)}{' (interim)' if group.is_interim else ''}",
+                group=group,
+                cells=texts,
+            )
             for task in study.tasks
             for group, skills in retention.retained(study.of_task(task))
             for texts in retention.retained_cells(skills)
         ),
+        note=retention.RETENTION_NOTE,
     )
+
+
+def evaluated(study: Study) -> list[Table]:
+    """A table an evaluation metric that training logged, over the steps."""
+    return [
+        Table(
+            name="evaluation",
+            title=key,
+            first="arm",
+            heads=tuple(Head(name=f"step {step}") for step in found.steps),
+            lines=tuple(
+                Line(label=group.label, group=group, cells=tuple(stats.text(value, 3) for value in values))
+                for group, values in zip(study.of_task(task), found.values, strict=True)
+            ),
+        )
+        for task in study.tasks
+        for key, found in evaluations(study.of_task(task)).items()
+    ]
+
+
+def checkpoints(study: Study) -> list[Table]:
+    """What `klreg eval` left in the run folders, a table a task."""
+    found = retention.evaluated(study.runs)
+    first, *heads = retention.HEAD
+    return [
+        Table(
+            name="checkpoints",
+            title=task,
+            first=first,
+            heads=tuple(Head(name=name) for name in heads),
+            lines=tuple(_checkpoint_line(study, row) for row in found if row.task == task),
+        )
+        for task in dict.fromkeys(row.task for row in found)
+    ]
+
+
+def _checkpoint_line(study: Study, row: retention.Evaluated) -> Line:
+    label, *texts = retention.cells(row, f"{row.run.label}, seed {row.run.seed}")
+    group = next(group for group in study.groups if row.run in group.runs)
+    return Line(label=label, group=group, cells=tuple(texts))
 
 
 def _columns(values: Sequence[Sequence[Estimate]]) -> list[list[str]]:
@@ -239,5 +319,5 @@ def _columns(values: Sequence[Sequence[Estimate]]) -> list[list[str]]:
     return [[stats.text(value, stats.places(column)) for value in column] for column in values]
 
 
-def _label(study: Study, group: Group) -> str:
-    return f"{group.task}: {group.label}" if len(study.tasks) > 1 else group.label
+def _label(groups: Sequence[Group], group: Group) -> str:
+    return f"{group.task}: {group.label}" if len({each.task for each in groups}) > 1 else group.label

@@ -79,7 +79,6 @@ tbody th { font-weight: 600; white-space: nowrap; }
 .wide th, .wide td { padding: 8px 9px; } .wide thead th, .wide th small { white-space: normal; vertical-align: bottom; }
 .wide tbody th { min-width: 9.5em; } .wide tbody th small { max-width: 30ch; }
 td.number, th.number { text-align: right; white-space: nowrap; }
-tr.task th { color: var(--muted); font-weight: 400; background: var(--wash); }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 9px; }
 .dot.none { border: 1.5px solid var(--muted); }
 .grid, .statements { display: grid; gap: 16px; margin-bottom: 14px; }

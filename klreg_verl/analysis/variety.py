@@ -15,7 +15,6 @@ import pandas as pd
 
 from klreg_verl.analysis import diversity, stats
 from klreg_verl.analysis.embeddings import Embedder
-from klreg_verl.analysis.runs import Run
 from klreg_verl.analysis.samples import stored_steps
 from klreg_verl.analysis.stats import Estimate
 from klreg_verl.analysis.summary import Group
@@ -44,6 +43,8 @@ MEASURES = (
     Measure(key="valid_entropy", name="Entropy", unit="nats, {valid_samples} right draws", kind="conditional"),
     Measure(key="distinct_1", name="distinct-1", unit="share of tokens", kind="text"),
     Measure(key="distinct_2", name="distinct-2", unit="share of pairs", kind="text"),
+    Measure(key="self_bleu", name="self-BLEU", unit="1 is all alike", kind="text"),
+    Measure(key="vendi", name="Vendi score", unit="responses that differ", kind="text"),
     Measure(key="cosine", name="Cosine", unit="same prompt", kind="text"),
     Measure(key="cosine_across", name="Cosine", unit="other prompts", kind="text"),
 )
@@ -89,21 +90,24 @@ class Variety:
         """How to read the table."""
         cosine = f" Cosines: {self.embedder.statement}." if self.embedder and "cosine" in self.per_run else ""
         return (
-            "Samples of the last ten steps of finished runs, per prompt, then averaged; mean ± standard error over "
-            f"seeds. All draws: rarefied to {self.samples} draws a prompt. Right draws: {self.valid_samples} of them, "
-            f"on the prompts where every run of the seed has so many (at least {self.valid_prompts}); they do not rise "
-            "with accuracy. Uniform: what drawing the N possible answers evenly would give. distinct-n falls with "
-            f"length and number of responses.{cosine}"
+            "Samples of finished runs that were stored within ten steps of the last that has any, per prompt, then "
+            f"averaged; mean ± standard error over seeds. All draws: rarefied to {self.samples} draws a prompt. Right "
+            f"draws: {self.valid_samples} of them, on the prompts where every run of the seed has so many (at least "
+            f"{self.valid_prompts}); they do not rise with accuracy. Uniform: what drawing the N possible answers "
+            f"evenly would give. distinct-n falls with length and number of responses.{cosine}"
         )
 
 
-def measure(groups: Sequence[Group], embedder: Embedder | None = None) -> Variety:
-    """The diversity at the end of every setting that has stored samples, and that of the model all started from."""
+def measure(groups: Sequence[Group], embedder: Embedder | None = None, *, further: bool = False) -> Variety:
+    """The diversity at the end of every setting that has stored samples, and that of the model all started from.
+
+    `further`: also self-BLEU, and with an embedder the Vendi score.
+    """
     runs = [run for group in groups for run in group.runs if stored_steps(run)]
-    end = diversity.table(runs, embedder)
+    end = diversity.table(runs, embedder, further=further)
     if end.empty:
         return Variety(embedder=embedder)
-    start = diversity.table(_one_a_seed(runs), embedder, when="start")
+    start = diversity.table(diversity.starters(runs), embedder, when="start", further=further)
     comparable = not start.empty and start["samples"].max() == start["samples"].min() == end["samples"].max()
     rows = []
     for task in dict.fromkeys(end["task"]):
@@ -127,15 +131,6 @@ def _values(table: pd.DataFrame) -> dict[str, Estimate]:
         one.key: stats.mean_and_error(table[one.key].astype(float).tolist() if one.key in table else [])
         for one in MEASURES
     }
-
-
-def _one_a_seed(runs: Sequence[Run]) -> list[Run]:
-    """All arms of a task and seed have drawn the same at step 1."""
-    first: dict[tuple[str, int], Run] = {}
-    for run in runs:
-        if 1 in stored_steps(run):
-            first.setdefault((run.task, run.seed), run)
-    return list(first.values())
 
 
 def _same(left: Group, right: Group) -> bool:

@@ -20,7 +20,8 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -230,15 +231,12 @@ def _shares(values: Sequence[float], prompts: Sequence[Answers], draws: int | No
     for value, prompt in zip(values, prompts, strict=True):
         if prompt.num_possible is not None:
             whole = prompt.num_possible if draws is None else uniform_distinct(prompt.num_possible, draws)
-            yield value / whole
+            yield float(Fraction(value) / Fraction(whole))  # N may outgrow every float
 
 
 def _mean(values: Iterable[float]) -> float:
     known = list(values)
     return sum(known) / len(known) if known else math.nan
-
-
-SOLUTION_FIELDS: tuple[str, ...] = tuple(field.name for field in fields(Solutions))
 
 
 # ---------------------------------------------------------------------------------------------------- embeddings

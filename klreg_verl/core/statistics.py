@@ -335,10 +335,11 @@ def _legendre() -> tuple[Array, Array]:
 
 
 @lru_cache(maxsize=256)
-def _chi(df: int) -> _Chi:
-    """Gauss-Legendre over nine standard deviations around 1, where all but 1e-15 of the mass is."""
+def _chi(df: int, limit: float = math.inf) -> _Chi:
+    """Gauss-Legendre over nine standard deviations around 1, where all but 1e-15 of the mass is; up to `limit`."""
     x, w = _legendre()
-    low, high = max(0.0, 1 - 9 / math.sqrt(df)), 1 + 9 / math.sqrt(df)
+    low = max(0.0, 1 - 9 / math.sqrt(df))
+    high = max(low, min(1 + 9 / math.sqrt(df), limit))
     nodes, half = low + (high - low) * (x + 1) / 2, (high - low) / 2
     return _Chi(nodes=nodes, weights=w * half * np.exp(_log_chi(nodes, df)))
 
@@ -365,11 +366,15 @@ def power_difference(effect: float, num: int, level: float = LEVEL) -> float:
 
 
 def power_equivalence(margin: float, num: int, effect: float = 0.0, level: float = LEVEL) -> float:
-    """Probability that TOST passes; `margin` and the true `effect` in units of the sd of a difference."""
-    t, root, spread = t_quantile(1 - level, num - 1), math.sqrt(num), _chi(num - 1)
+    """Probability that TOST passes; `margin` and the true `effect` in units of the sd of a difference.
+
+    With a spread above margin sqrt(num) / t no mean passes both tests: the integral over the spread ends there.
+    """
+    t, root = t_quantile(1 - level, num - 1), math.sqrt(num)
+    spread = _chi(num - 1, root * margin / t if t > 0 else math.inf)
     upper, lower = root * (margin - effect), root * (margin + effect)
     passing = _normal(upper - t * spread.nodes) - _normal(t * spread.nodes - lower)
-    return float(np.maximum(passing, 0.0) @ spread.weights)
+    return float(passing @ spread.weights)
 
 
 def seeds_for_difference(effect: float, level: float = LEVEL, power: float = POWER) -> int | None:
