@@ -284,6 +284,19 @@ def test_the_environment_is_the_profiles_and_the_submitters_cache(root: Path, mo
     }
 
 
+def test_inputs_are_checked_before_anything_is_built_or_submitted(root: Path, monkeypatch: pytest.MonkeyPatch):
+    given = run(root, model=ModelSpec(path=str(root / "model")))
+    (root / "model").mkdir()
+    image = Container(kind="pyxis", image="registry.org/klreg:1")
+    notes: list[str] = []
+    with pytest.raises(ValueError, match=f"{root}/model"):  # it is empty
+        slurm.prepare([given], profile(root, container=image), root / "runs", notes.append)
+    assert notes == []
+    monkeypatch.setattr(slurm.preflight, "TESTED", {"no-such-package": "1"})
+    with pytest.raises(ValueError, match="no-such-package is not installed"):
+        slurm.prepare([given], profile(root), root / "runs", notes.append)
+
+
 # ---------------------------------------------------------------------------------------------------- folders
 
 
