@@ -226,7 +226,7 @@ def test_the_prompts_part_of_the_error_comes_from_the_stored_samples(tmp_path: P
             entry = {"claims": written.card({"a": claim}, None, "monday")}
             write_run(tmp_path, arm, rows, seed=seed, provenance=card(arm, seed) | entry, samples=samples)
     (verdict,) = judged(tmp_path)
-    assert verdict.noise is not None and verdict.noise.mean == pytest.approx(verdict.comparison.mean)
+    assert verdict.noise is not None
     # 10 steps x 4 prompts x 3 seeds of 8 draws: about sqrt(2 * 0.25 / 8 / 120) = 0.023
     assert 0.01 < verdict.noise.standard_error < 0.04
     assert "the choice of prompts alone gives 0.0" in claims.sentences([verdict])[0]

@@ -125,9 +125,9 @@ def test_png_files_have_the_stated_size(groups, tmp_path):
 
 
 def test_the_same_runs_give_the_same_bytes(study, tmp_path):
-    first = figures.draw_overview(study, tmp_path / "first.png").read_bytes()
-    assert figures.draw_overview(study, tmp_path / "second.png").read_bytes() == first
-    dark = figures.draw_overview(study, tmp_path / "dark.png", theme=figures.DARK).read_bytes()
+    first = figures.overview(group_runs(load(study)), tmp_path / "first.png").read_bytes()
+    assert figures.overview(group_runs(load(study)), tmp_path / "second.png").read_bytes() == first
+    dark = figures.overview(group_runs(load(study)), tmp_path / "dark.png", theme=figures.DARK).read_bytes()
     assert dark != first
 
 
@@ -149,15 +149,8 @@ def test_figures_without_data_are_not_offered_nor_is_a_beta_that_is_always_zero(
 
 def test_an_overview_of_partly_recorded_metrics_says_what_is_missing(tmp_path):
     write_run(tmp_path / "runs", "none", [{"step": 1, "train/accuracy": 0.5}])
-    path = figures.draw_overview(tmp_path / "runs", tmp_path / "overview.png")
+    path = figures.overview(group_runs(load(tmp_path / "runs")), tmp_path / "overview.png")
     assert pixels(path) == (2640, 715)
-
-
-def test_an_overview_of_an_unknown_task_names_the_known_ones(study, tmp_path):
-    with pytest.raises(
-        ValueError, match="no run of task 'chess' with a training step. Tasks that have one: palindrome."
-    ):
-        figures.draw_overview(study, tmp_path / "x.png", task="chess")
 
 
 def test_runs_at_one_beta_that_differ_in_something_else_are_joined_to_no_frontier(tmp_path):

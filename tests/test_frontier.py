@@ -45,13 +45,6 @@ def test_seeds_that_do_not_reach_the_kl_are_named_not_guessed():
     assert found.differences == pytest.approx([0.25, 0.35])
 
 
-def test_the_common_range_is_where_every_seed_has_points():
-    left, right = {1: [(0.1, 0.0), (2.0, 0.0)], 2: [(0.3, 0.0), (3.0, 0.0)]}, {1: [(0.2, 0.0), (1.5, 0.0)]}
-    assert frontier.common_range(left, right) == (0.3, 1.5)
-    assert frontier.common_range(left, {1: [(5.0, 0.0)]}) is None
-    assert frontier.common_range({}) is None and frontier.common_range({1: []}) is None
-
-
 def test_a_band_is_the_t_interval_of_the_seeds_at_each_kl():
     paths = {1: [(0.0, 0.0), (2.0, 1.0)], 2: [(0.0, 0.2), (2.0, 1.2)], 3: [(0.0, 0.1), (1.0, 0.6)]}
     found = frontier.frontier(paths, num=5)  # KL 0, 0.5, 1, 1.5, 2

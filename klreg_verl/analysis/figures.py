@@ -28,8 +28,8 @@ from matplotlib.ticker import Formatter, MaxNLocator
 from klreg_verl.analysis import claims, stats
 from klreg_verl.analysis import frontier as frontiers
 from klreg_verl.analysis.optimum import Achieved
-from klreg_verl.analysis.runs import Run, load
-from klreg_verl.analysis.summary import ACCURACY, KL_K1, Group, group_runs
+from klreg_verl.analysis.runs import Run
+from klreg_verl.analysis.summary import ACCURACY, KL_K1, Group
 from klreg_verl.core.optimum import Prediction
 
 DOTS_PER_INCH = 200
@@ -320,22 +320,6 @@ def overview(groups: Sequence[Group], path: Path, theme: Theme = LIGHT) -> Path:
         note = f"thin: every step of a run · thick: mean of the runs over {window} steps · {_seeds_text(groups)}"
         figure.text(0.995, 0.03, note, ha="right", color=theme.muted, fontsize=7)
         return _save(figure, path, OVERVIEW_DOTS_PER_INCH)
-
-
-def draw_overview(recipe_dir: Path, path: Path, *, task: str | None = None, theme: Theme = LIGHT) -> Path:
-    """The README's figure, from a folder of runs: ``overview`` of ``task`` (the first one if None) as PNG.
-
-    Raises:
-        ValueError: there is no run of that task with a training step.
-    """
-    groups = [group for group in group_runs(load(recipe_dir)) if any(run.last_step for run in group.runs)]
-    tasks = list(dict.fromkeys(group.task for group in groups))
-    if not tasks or task not in (None, *tasks):
-        known = ", ".join(tasks) or "none"
-        raise ValueError(
-            f"{recipe_dir} has no run of task {task!r} with a training step. Tasks that have one: {known}."
-        )
-    return overview([group for group in groups if group.task == (task or tasks[0])], path, theme)
 
 
 def spread(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:

@@ -45,15 +45,6 @@ def matched(left: Paths, right: Paths, kl: float) -> Paired:
     return paired(*({seed: at_kl(points, kl) for seed, points in paths.items()} for paths in (left, right)))
 
 
-def common_range(*arms: Paths) -> tuple[float, float] | None:
-    """The KL from which to which every seed of every arm has points; None where there is no such range."""
-    ends = [_sorted(points)[0] for paths in arms for points in paths.values()]
-    if not ends or not all(len(xs) for xs in ends):
-        return None
-    low, high = max(float(xs[0]) for xs in ends), min(float(xs[-1]) for xs in ends)
-    return (low, high) if low <= high else None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Frontier:
     """The mean over seeds of one arm's metric at a row of KLs, with a pointwise t interval."""

@@ -107,11 +107,6 @@ _LIMITS = (
 )
 
 
-def names() -> tuple[str, ...]:
-    """The names of all rules, in the order in which they are checked."""
-    return tuple(_RULES)
-
-
 def check(alarms: Alarms, history: Sequence[Line]) -> tuple[Alarm, ...]:
     """The rules that fire on the newest, last line of `history`, each at most once; empty for an empty history.
 

@@ -38,35 +38,6 @@ CERTAIN = 0.99
 """Mean accuracy from which a prediction is empty: any arm that learns the task at all comes near it."""
 
 
-# ---------------------------------------------------------------------------------------------------- any rewards
-
-
-def reverse_optimum(reference: Array, rewards: Array, beta: float) -> Array:
-    """(N,) probabilities ref exp(R / beta) / Z; `beta` in reward units per nat, above 0."""
-    _check_beta(beta)
-    with np.errstate(divide="ignore"):
-        logits = np.log(np.asarray(reference, dtype=np.float64)) + np.asarray(rewards, dtype=np.float64) / beta
-    weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
-
-
-def forward_optimum(reference: Array, rewards: Array, beta: float) -> Array:
-    """(N,) probabilities beta ref / (Lambda - R), by bisection; every entry of `reference` above 0.
-
-    The sum falls from infinity at Lambda = max R to at most 1 at max R + beta.
-    """
-    _check_beta(beta)
-    ref, reward = np.asarray(reference, dtype=np.float64), np.asarray(rewards, dtype=np.float64)
-    if not (ref > 0).all():
-        raise ValueError("The forward optimum needs a reference that gives every answer some probability.")
-    low, high = float(reward.max()), float(reward.max()) + beta
-    for _ in range(200):
-        middle = (low + high) / 2
-        too_large = middle <= reward.max() or (beta * ref / (middle - reward)).sum() > 1
-        low, high = (middle, high) if too_large else (low, middle)
-    return beta * ref / (high - reward)
-
-
 # ---------------------------------------------------------------------------------------------------- right or wrong
 
 
@@ -87,15 +58,6 @@ def _optimum(p: Array, q: Array, beta: float, direction: Direction) -> tuple[Arr
     total = p + wrong
     right = np.divide(p, total, out=np.zeros_like(total), where=total > 0)
     return right, np.divide(wrong, total, out=np.ones_like(total), where=total > 0)
-
-
-def reverse_kl(accuracy: Array, right: Array) -> Array:
-    """KL(pi || ref) [nats per response] of a policy that changes ref by a factor on right and another on wrong answers.
-
-    KL(ref || pi) of it is the same with the two arguments exchanged.
-    """
-    p, q = np.asarray(accuracy, dtype=np.float64), np.asarray(right, dtype=np.float64)
-    return _divergence((p, 1 - p), (q, 1 - q))
 
 
 def _divergence(first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:

@@ -449,16 +449,11 @@ def seeds_to_decide(comparison: Paired, margin: float, level: float = LEVEL, pow
 class Noise:
     """What a resampling of the prompts does to the mean difference over seeds."""
 
-    mean: float
     standard_error: float
-    interval: tuple[float, float]
-    """2.5 and 97.5 percent of the resampled means."""
 
 
-def evaluation_noise(
-    differences: Sequence[Array], *, shared: bool, resamples: int = 2000, seed: int = 0, level: float = LEVEL
-) -> Noise:
-    """Percentile bootstrap over prompts inside seeds: the seeds stay as they are, so this is evaluation noise alone.
+def evaluation_noise(differences: Sequence[Array], *, shared: bool, resamples: int = 2000, seed: int = 0) -> Noise:
+    """Bootstrap over prompts inside seeds: the seeds stay as they are, so this is evaluation noise alone.
 
     Args:
         differences: for each seed (P,) the difference of the two arms' means over samples, prompt by prompt.
@@ -476,9 +471,7 @@ def evaluation_noise(
         columns = [np.mean(columns, axis=0)]
     generator = np.random.default_rng(seed)
     means = np.mean([_resampled(each, resamples, generator) for each in columns], axis=0)
-    low, high = np.quantile(means, [level / 2, 1 - level / 2])
-    estimate = float(np.mean([each.mean() for each in columns]))
-    return Noise(mean=estimate, standard_error=float(means.std(ddof=1)), interval=(float(low), float(high)))
+    return Noise(standard_error=float(means.std(ddof=1)))
 
 
 def _resampled(values: Array, resamples: int, generator: np.random.Generator) -> Array:
