@@ -97,9 +97,9 @@ _ROWS = (
     ("entropy/p90", "nats", "90th percentile over tokens of that entropy"),
     ("diversity/unique_valid", "answers", "distinct right answers per prompt"),
     ("diversity/coverage", "fraction", "distinct right answers over possible ones, per prompt where that is known"),
-    ("eval/<task>/accuracy", "fraction", "right responses on the task's held-out prompts"),
+    ("eval/<data_source>/accuracy", "fraction", "right responses on held-out prompts of one data_source"),
     (
-        "eval/<task>/pass@<k>",
+        "eval/<data_source>/pass@<k>",
         "fraction",
         "prompts with a right one among k samples, exact over all subsets (`klreg eval`)",
     ),
