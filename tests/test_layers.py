@@ -42,7 +42,7 @@ HOOKS_WITHOUT_VERL = ("overrides", "checkpoints", "cpu", "names")
 """What a launcher needs of the hooks: settings, folder layout, CPU settings, versions. They must not import verl."""
 HOOKS_OF_REPLAY = ("checkpoints", "reference", "terms")
 """What is measured afterwards is computed by the calls that trained."""
-CORE_WITHOUT_TORCH = ("diversity", "optimum", "passk", "statistics")
+CORE_WITHOUT_TORCH = ("alarms", "diversity", "optimum", "passk", "statistics")
 """What of the core a report uses: numpy alone, so that a report needs no torch."""
 LAYERS = (
     Layer(folder="klreg_verl/core", anywhere=("torch", "numpy")),

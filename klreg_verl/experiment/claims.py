@@ -39,7 +39,8 @@ class ClaimSpec:
 
     metric: str
     """A key of metrics.jsonl, whose final value is the mean of the last three evaluations, or of the last ten steps;
-    or of what `klreg eval` leaves: eval/<task>/pass@<k>, eval/<task>/diversity/<field of core.diversity.Solutions>."""
+    or of what `klreg eval` leaves: eval/<data source>/pass@<k>, eval/<task>/diversity/<field of Solutions, which is in
+    core.diversity>."""
     contrast: tuple[str, ...]
     """Two arms: the first minus the second."""
     margin: float
