@@ -123,6 +123,11 @@ TOUCHES = [
         ("verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ.generate_sequences", "dispatches prompts", "prompts"),
         ("verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ.create", "builds the manager by its class name"),
         (f"{AGENT}.single_turn_agent_loop:SingleTurnAgentLoop.run", "samples one response", "sampling_params"),
+        (
+            "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_metadata__.modified_class._run_agent_loop",
+            "makes the loop of one sample and runs it; ours keeps the loop",
+            *("sampling_params", "trajectory", "agent_name", "trace"),
+        ),
         (f"{AGENT}.agent_loop:AgentLoopBase.__init__", "gives the loop data.seed", "data_config"),
         (f"{SERVER}._acquire_server", "asks the balancer for a server, which one server needs once", "request_id"),
         (f"{SERVER}._release_server", "tells the balancer, for which one server has no use", "server_id", "request_id"),

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
-from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.workers.rollout.llm_server import LLMServerClient
 
 SEED_KEY = "klreg_seed_key"
@@ -39,6 +40,10 @@ class SeededAgentLoopManager(AgentLoopManagerTQ):
 
     row_of: dict[str, int] = {}
     _step: int | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(OneLoopWorker)
 
     def generate_sequences(self, prompts: TensorDict) -> None:
         """Dispatch as verl does, every prompt with the label that its seeds are hashed from."""
@@ -79,10 +84,31 @@ _loops: dict[LLMServerClient, SeededSingleTurn] = {}
 
 
 def single_turn(*, server_manager: LLMServerClient, **parts: Any) -> SeededSingleTurn:
-    """What verl calls for every sample: the worker's one loop, which keeps nothing of a sample."""
+    """What verl's worker makes a loop with: its one loop, which keeps nothing of a sample."""
     if server_manager not in _loops:
         _loops[server_manager] = SeededSingleTurn(server_manager=lean_client(server_manager), **parts)
     return _loops[server_manager]
+
+
+class OneLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
+    """verl's worker, which asks Hydra for a loop at every sample (3 ms); here once."""
+
+    async def _run_agent_loop(
+        self,
+        sampling_params: dict[str, Any],
+        trajectory: dict[str, Any],
+        *,
+        agent_name: str,
+        trace: bool,
+        **kwargs: Any,
+    ) -> None:
+        loop = _loops.get(self.llm_client)
+        if loop is None or trace or agent_name != AGENT_NAME:
+            return await super()._run_agent_loop(
+                sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
+            )
+        output = await loop.run(sampling_params, **kwargs)
+        return await self._agent_loop_postprocess(output, trajectory["validate"], **kwargs)
 
 
 def lean_client(client: LLMServerClient) -> LLMServerClient:
