@@ -118,6 +118,7 @@ TOUCHES = [
         (f"{VLLM_ROLLOUT}.bucketed_weight_transfer:BucketedWeightReceiver.__init__", "opens a socket", "zmq_handle"),
     ),
     *touches("main.py", ("verl.trainer.main_ppo:main", "is verl's command")),
+    *touches("overrides.py", ("vllm.v1.executor.uniproc_executor:UniProcExecutor", "is vLLM's only process on a CPU")),
     *touches(
         "sampling.py",
         ("verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ.generate_sequences", "dispatches prompts", "prompts"),
@@ -590,8 +591,8 @@ SPECS: dict[str, Callable[[], Any]] = {
         task=TaskSpec(train="/t", val="/v", reward="mine:score"), logging=LoggingSpec(wandb="offline")
     ),
 }
-FREE = {"override_config"}
-"""Mappings of verl's settings that take any key."""
+FREE = {"override_config", "vllm"}
+"""Mappings of verl's settings that take any key (rollout.engine_kwargs.vllm: what vLLM's command line takes)."""
 
 
 def is_known(key: str, defaults: Any) -> bool:
