@@ -22,7 +22,8 @@ pytestmark = pytest.mark.timeout(3000)
 QUICK = ROOT / "recipes" / "quickstart.yaml"
 ON_CPU = ROOT / "recipes" / "results" / "quickstart" / "summary.csv"
 STEPS = 36
-"""As many as the committed CPU study has."""
+AS_ON_CPU = (f"train.steps={STEPS}", "train.responses_per_prompt=8")
+"""The committed CPU study."""
 LAST = 10
 
 
@@ -31,7 +32,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, cache: Path, attention: list
     """The three arms, run once for all tests here."""
     found = Lab(tmp_path_factory.mktemp("gpu") / "runs", cache)
     before = stack_processes()
-    found.klreg("run", QUICK, f"train.steps={STEPS}", "train.micro_batch=64", *attention, timeout=2800)
+    found.klreg("run", QUICK, *AS_ON_CPU, "train.micro_batch=64", *attention, timeout=2800)
     assert not remains(before)
     return found
 
@@ -70,7 +71,7 @@ def test_measured_steps_reach_the_plan(study: Lab):
     if kind is None:
         pytest.skip(f"{devices[0].name} is in no table of fit.py")
     rows = json.loads(
-        study.klreg("plan", QUICK, f"train.steps={STEPS}", "train.micro_batch=64", "--gpu", "here", "--json")
+        study.klreg("plan", QUICK, *AS_ON_CPU, "train.micro_batch=64", "--gpu", "here", "--json")
     )
     assert {row["fit"]["time"]["source"] for row in rows} <= {"measured", "scaled"}
     assert all(row["fit"]["fits"] for row in rows) and kind.name in fit.GPUS
