@@ -524,10 +524,13 @@ def _label_ends(axes: Axes, ends: Sequence[_End]) -> None:
 
 
 def _label_beside(axes: Axes, ends: Sequence[_End]) -> None:
-    """The name of every setting just right of where it ends, inside the axes."""
-    for end, (x, _), place in _label_places(axes, ends):
+    """The name of every setting just right of where it ends, and of other ends that it would cover, inside the axes."""
+    placed = _label_places(axes, ends)
+    points = [point for _, point, _ in placed]
+    for end, (x, _), place in placed:
+        covered = [right for right, height in points if x < right < x + 0.15 and abs(height - place) < 0.03]
         paper = {"facecolor": axes.figure.get_facecolor(), "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-        place_and_text = (x + 0.025, place, end.label)
+        place_and_text = (max([x, *covered]) + 0.025, place, end.label)
         axes.text(
             *place_and_text, transform=axes.transAxes, color=end.color, va="center", fontweight="bold", bbox=paper
         )
