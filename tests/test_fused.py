@@ -47,7 +47,7 @@ def whole(given: dict[str, torch.Tensor], temperature: float = 1.0) -> Statistic
     return Statistics(
         logprobs=logits.log_softmax(-1).gather(1, column).squeeze(-1),
         ref_logprobs=ref_logits.log_softmax(-1).gather(1, column).squeeze(-1),
-        entropy=exact.entropy(logits),
+        entropy=torch.distributions.Categorical(logits=logits).entropy(),
         reverse=exact.full_reverse(logits, ref_logits),
         forward=exact.full_forward(logits, ref_logits),
     )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,19 @@ def come(folder: Path, count: int) -> list[socket.socket]:
     return found
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_nodes_meet_hear_the_head_and_their_death_is_noticed(tmp_path: Path):
     with Meeting(3, None, None) as head:
         head.invite(tmp_path)
         connections = come(tmp_path, 3)
         assert head.gather(20) == head.addresses[0]
+        wait_for(lambda: len(connections) == 3)  # the last one may still be reading its answer
         head.send({"head": "10.0.0.1:6379"})
         assert [meeting.message(each, 5) for each in connections] == [{"head": "10.0.0.1:6379"}] * 3
         assert head.lost() is None
