@@ -240,7 +240,8 @@ def test_nodes_that_do_not_come_together_say_why_and_come_back_as_often_as_the_p
     assert_ends(lab, job, "FAILED")
     assert lab.job(job)["ExitCode"] == "75:0"
     log = (lab.shared / "runs/study/slurm/1/logs/0.log").read_text()
-    assert log.count("has no IPv4 address at 'nope0'. Interfaces: ['docker0', 'eth0', 'lo']") == 2
+    assert "has no IPv4 address at 'nope0'. Interfaces: ['docker0', 'eth0', 'lo']" in log
+    assert "attempt 2 on" in log and "attempt 3 on" not in log
     assert "not requeued: the profile's limit of requeues is reached" in log
     assert state(lab)["status"] == "pending"
 
@@ -262,8 +263,9 @@ def test_a_cancelled_job_ends_does_not_come_back_and_is_submitted_again(lab: Lab
 
 def test_what_cannot_work_is_said_in_words_before_anything_is_submitted(lab: Lab):
     plain = (lab.shared / "lab.yaml").read_text()
+    row = len(plain.splitlines()) + 1
     for name, changes, arguments, expected in (
-        ("a", {"partiton: main": ""}, (), "a.yaml:15: partiton: unknown key 'partiton'. Did you mean 'partition'?"),
+        ("a", {"partiton: main": ""}, (), f"a.yaml:{row}: partiton: unknown key 'partiton'. Did you mean 'partition'?"),
         ("b", {"partition: gpu": ""}, (), "partition 'gpu' is unknown or down. There are: main, spot."),
         (
             "c",
