@@ -270,7 +270,7 @@ def test_what_cannot_work_is_said_in_words_before_anything_is_submitted(lab: Lab
         (
             "c",
             {"": "gpus_per_node: 1"},
-            ("resources.gpus_per_node=9", "train.prompts_per_step=9"),
+            ("resources.gpus_per_node=9", "train.prompts_per_step=9", "train.micro_batch=1"),
             "no node has 9 GPUs a node (gpus_per_node)",
         ),
         ("d", {"": "nodes: 2"}, ("resources.nodes=4",), "4 nodes are needed and 3 of its nodes fit"),
