@@ -70,8 +70,6 @@ def test_measured_steps_reach_the_plan(study: Lab):
     kind = gpu.kind_of(devices)
     if kind is None:
         pytest.skip(f"{devices[0].name} is in no table of fit.py")
-    rows = json.loads(
-        study.klreg("plan", QUICK, *AS_ON_CPU, "train.micro_batch=64", "--gpu", "here", "--json")
-    )
+    rows = json.loads(study.klreg("plan", QUICK, *AS_ON_CPU, "train.micro_batch=64", "--gpu", "here", "--json"))
     assert {row["fit"]["time"]["source"] for row in rows} <= {"measured", "scaled"}
     assert all(row["fit"]["fits"] for row in rows) and kind.name in fit.GPUS
