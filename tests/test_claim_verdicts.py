@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,14 +128,7 @@ def test_equal_differences_of_few_seeds_are_undecided_and_said(tmp_path: Path) -
 
 
 def test_a_claim_at_one_beta_says_nothing_of_runs_at_another(tmp_path: Path) -> None:
-    at = ClaimSpec(
-        metric="diversity/coverage",
-        contrast=("reverse", "forward"),
-        margin=0.05,
-        task="palindrome",
-        compare="beta",
-        at=0.1,
-    )
+    at = replace(COVERAGE, contrast=("reverse", "forward"), compare="beta", at=0.1)
     for arm in ("reverse", "forward"):
         for beta, status in ((0.1, "done"), (0.3, "failed")):
             block = KL_BLOCKS[arm] | {"beta": beta}
@@ -162,14 +156,7 @@ def test_fewer_than_three_evaluations_are_said(tmp_path: Path) -> None:
 
 
 def test_at_equal_beta_only_the_runs_at_that_beta_are_compared(tmp_path: Path) -> None:
-    claim = ClaimSpec(
-        metric="diversity/coverage",
-        contrast=("reverse", "forward"),
-        margin=0.05,
-        compare="beta",
-        at=0.3,
-        task="palindrome",
-    )
+    claim = replace(COVERAGE, contrast=("reverse", "forward"), compare="beta", at=0.3)
     for beta, shift in ((0.1, 0.0), (0.3, 0.2)):
         for arm, own in (("reverse", 0.01), ("forward", 0.0)):
             values = {seed: value + shift + own + 0.001 * seed * own for seed, value in NONE.items()}

@@ -81,6 +81,14 @@ def test_names_of_evaluations_are_those_of_the_run_folder():
 # ------------------------------------------------------------------------------------------------------- grading
 
 ASKED = {"data_source": "palindrome", "text": "a a b", "ground_truth": "aba", "extra_info": {"num_valid": "1"}}
+ROW = {
+    "data_source": "palindrome",
+    "prompt": [{"role": "user", "content": "aab"}],
+    "ability": "palindrome",
+    "reward_model": {"style": "rule", "ground_truth": "aab"},
+    "extra_info": {"split": "test", "index": 0, "num_valid": "1", "meta": "{}"},
+}
+"""A row of a task's file."""
 
 
 def test_a_palindrome_is_graded_by_the_projects_reward():
@@ -196,15 +204,8 @@ def test_a_reward_that_is_no_plain_function_has_a_hash(tmp_path: Path, monkeypat
 
 
 def test_tasks_are_named_by_file_folder_or_skill(tmp_path: Path):
-    row = {
-        "data_source": "palindrome",
-        "prompt": [{"role": "user", "content": "aab"}],
-        "ability": "palindrome",
-        "reward_model": {"style": "rule", "ground_truth": "aba"},
-        "extra_info": {"split": "test", "index": 0, "num_valid": "1", "meta": "{}"},
-    }
     (tmp_path / "made").mkdir()
-    write_parquet([row, row], tmp_path / "made" / "test.parquet")
+    write_parquet([ROW, ROW], tmp_path / "made" / "test.parquet")
 
     def find(name: str) -> tasks.Task:
         (found,) = tasks.find(name, [], tmp_path / "cache", None, None, lambda text: None)
@@ -213,7 +214,7 @@ def test_tasks_are_named_by_file_folder_or_skill(tmp_path: Path):
     assert find(str(tmp_path / "made")).name == "made"
     assert find(str(tmp_path / "made" / "test.parquet")).file == tmp_path / "made" / "test.parquet"
     assert tasks.read(find(str(tmp_path / "made")), 1) == [
-        {"data_source": "palindrome", "text": "aab", "ground_truth": "aba", "extra_info": row["extra_info"]}
+        {"data_source": "palindrome", "text": "aab", "ground_truth": "aab", "extra_info": ROW["extra_info"]}
     ]
     pytest.importorskip("reasoning_gym")
     skill = find("spell_backward")
@@ -428,14 +429,7 @@ def model(folder: Path, name: str, evals: str = "evals", **changes: Any) -> Subj
 
 
 def asked_of(folder: Path, name: str = "asked", reward: str = OURS) -> tasks.Task:
-    row = {
-        "data_source": "palindrome",
-        "prompt": [{"role": "user", "content": "aab"}],
-        "ability": "palindrome",
-        "reward_model": {"style": "rule", "ground_truth": "aab"},
-        "extra_info": {"split": "test", "index": 0, "num_valid": "1", "meta": "{}"},
-    }
-    write_parquet([row], folder / f"{name}.parquet")
+    write_parquet([ROW], folder / f"{name}.parquet")
     return tasks.Task(name="palindrome", file=folder / f"{name}.parquet", reward=reward)
 
 

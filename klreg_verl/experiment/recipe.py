@@ -279,7 +279,8 @@ def _normalise_task(node: Node) -> Node:
     return node.with_value(children)
 
 
-OPTION_PATHS = ("source", "evaluation", "tokenizer")
+_FILE_OPTIONS = ("source", "evaluation")
+OPTION_PATHS = (*_FILE_OPTIONS, "tokenizer")
 """Options of builtin tasks that may name files or folders."""
 
 
@@ -288,7 +289,7 @@ def _normalise_options(node: Node) -> Node:
     if not isinstance(node.value, dict):
         return node
     children = dict(node.value)
-    for key in ("source", "evaluation"):
+    for key in _FILE_OPTIONS:
         if key in children and isinstance(children[key].value, str) and children[key].value not in ("", "hub"):
             target = node.folder / Path(children[key].value).expanduser()
             children[key] = children[key].with_value(str(target.resolve()))
@@ -647,5 +648,4 @@ def _reads(placement: Node | None, key: str) -> bool:
     where = "none" if placement is None else placement.value
     if where == "none":
         return not key.startswith("kl.") or key == "kl.placement"
-    unread = {"reward": LOSS_ONLY, "loss": REWARD_ONLY}.get(where, ())
-    return key.removeprefix("kl.") not in unread or not key.startswith("kl.")
+    return key not in {f"kl.{name}" for name in {"reward": LOSS_ONLY, "loss": REWARD_ONLY}.get(where, ())}
