@@ -1,4 +1,4 @@
-"""A small Qwen2 model supervised on palindromes: a starting policy that a CPU makes in about a minute.
+"""A small Qwen2 model supervised on palindromes: a starting policy that a CPU makes in less than a minute.
 
 It reads scrambled letters and writes a palindrome of them. A share of its demonstrations is flawed: the letters in a
 random order. So the finished model knows how, and yet is right in less than half of its sampled answers: RL has
@@ -14,7 +14,7 @@ is exactly the tokenizer's: verl masks ids beyond it in vLLM but not in the trai
 the first step.
 
 It can be given skills beside palindromes (skills.py), which a run then does not train and may lose: demonstrations of
-each join every batch. Without them the weights are what they were before there were skills, to the last bit.
+each join every batch.
 
 The letters are drawn as reasoning-gym draws them, for all lengths asked for; the test items of palindrome.py are
 not kept out of this supervision, since a study compares policies that all start from it.
@@ -22,11 +22,13 @@ not kept out of this supervision, since a study compares policies that all start
     python -m data_prep.tiny_model --out FOLDER
 """
 
+import functools
 import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -301,16 +303,16 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, options.steps))
     model.train()
-    for step in range(1, options.steps + 1):
-        demonstrations = [(ids[step - 1], labels[step - 1]) for ids, labels in beside]
-        loss = answer_loss(model, [draw_batch(rng, layout, options), *demonstrations])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % math.ceil(options.steps / 10) == 0:
-            progress(step, options.steps, f"loss {loss.item():.3f} nats per answer token")
+    with ThreadPoolExecutor(max_workers=2) as threads:
+        for step in range(1, options.steps + 1):
+            demonstrations = [(ids[step - 1], labels[step - 1]) for ids, labels in beside]
+            halves = zip(*(part.chunk(2) for part in draw_batch(rng, layout, options)), strict=True)
+            loss = set_gradients(model, [*halves, *demonstrations], threads)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % math.ceil(options.steps / 10) == 0:
+                progress(step, options.steps, f"loss {loss:.3f} nats per answer token")
     model.eval()
 
 
@@ -322,18 +324,42 @@ def learning_rate_factor(step: int, num_steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(num_steps - warmup, 1))
 
 
-def answer_loss(model: Qwen2ForCausalLM, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Mean over all parts' supervised tokens of -log p [nats]; logits are made for those tokens only.
+def set_gradients(model: Qwen2ForCausalLM, parts: Sequence[tuple[Tensor, Tensor]], threads: Executor) -> float:
+    """Sets each parameter's `grad` to the gradient of the mean of -log p over all parts' supervised tokens.
+
+    Each part is a task of its own, and their gradients are summed in the parts' order: how many threads work on them
+    changes no bit. Padding all parts to the longest would also cost more than a pass for each.
 
     Args:
-        parts: ids and labels of each, (B, T) both. Padding all to the longest would cost more than a pass for each.
+        parts: ids and labels of each, (B, T) both.
+
+    Returns:
+        That mean [nats].
     """
-    hidden, targets = [], []
-    for ids, labels in parts:
-        supervised = labels[:, 1:] != IGNORED
-        hidden.append(model.model(input_ids=ids[:, :-1]).last_hidden_state[supervised])
-        targets.append(labels[:, 1:][supervised])
-    return torch.nn.functional.cross_entropy(model.lm_head(torch.cat(hidden)), torch.cat(targets))
+    total = sum(int(supervised(labels).sum()) for _, labels in parts)
+    found = list(threads.map(lambda part: _share_of_loss(model, *part, total), parts))
+    for parameter, gradients in zip(model.parameters(), zip(*(grads for _, grads in found), strict=True), strict=True):
+        parameter.grad = functools.reduce(torch.add, gradients)
+    return sum(loss for loss, _ in found)
+
+
+def _share_of_loss(
+    model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor, total: int
+) -> tuple[float, tuple[Tensor, ...]]:
+    """What these rows add to the mean over `total` tokens, and its gradient by each parameter."""
+    loss = answer_loss(model, ids, labels) * (int(supervised(labels).sum()) / total)
+    return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
+
+
+def answer_loss(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the supervised tokens of -log p [nats]; logits are made for those tokens only. ids, labels: (B, T)."""
+    hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state[supervised(labels)]
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][supervised(labels)])
+
+
+def supervised(labels: Tensor) -> Tensor:
+    """Which next tokens are supervised, (B, T) -> (B, T - 1) bool."""
+    return labels[:, 1:] != IGNORED
 
 
 def measure(model: Qwen2ForCausalLM, layout: Layout, options: TinyModelOptions, num_samples: int = 8) -> Measurement:
@@ -408,10 +434,11 @@ def _num_distinct(answers: np.ndarray, right: np.ndarray, num_samples: int) -> n
 
 @contextmanager
 def _deterministic(options: TinyModelOptions) -> Iterator[None]:
-    """Seeds torch and holds it to one thread; gives both back afterwards.
+    """Seeds torch and holds each operation to one thread; gives both back afterwards.
 
-    The number of threads decides the rounding, so a fixed one gives the same weights on any number of cores. One is
-    as fast as two for matrices this small, and does not wait for a core that another process holds.
+    The number of threads in an operation decides its rounding, so a fixed one gives the same weights on any number of
+    cores. Two cores are used by working on two parts of a batch at once (set_gradients), which waits once a step for a
+    core that another process holds, not once an operation.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

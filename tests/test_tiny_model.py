@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from data_prep.tiny_model import (
     render_answers,
     render_items,
     render_prompts,
+    set_gradients,
 )
 
 BOTH = ("spell_backward", "number_sorting")
@@ -166,7 +168,7 @@ def test_an_untrained_model_is_about_uniform_over_its_vocabulary(layout):
     # loss = log(261) = 5.56 nats, up to the small random weights
     torch.manual_seed(0)
     model = build_model(TINY, build_tokenizer())
-    loss = answer_loss(model, [draw_batch(np.random.default_rng(0), layout, TINY)])
+    loss = answer_loss(model, *draw_batch(np.random.default_rng(0), layout, TINY))
     assert loss.item() == pytest.approx(np.log(261), abs=0.1)
 
 
@@ -192,7 +194,7 @@ def test_twenty_steps_of_training_lower_the_loss(folder, layout):
     torch.manual_seed(0)
     untrained = build_model(TINY, build_tokenizer())
     # log(26) = 3.26 nats is what knowing that answers are letters gives; 20 tiny steps get part of the way from 5.56
-    assert answer_loss(trained, [batch]).item() < answer_loss(untrained, [batch]).item() - 0.5
+    assert answer_loss(trained, *batch).item() < answer_loss(untrained, *batch).item() - 0.5
 
 
 def test_the_same_seed_gives_the_same_bytes_on_any_number_of_threads(folder, tmp_path):
@@ -247,7 +249,7 @@ def test_each_step_has_demonstrations_of_its_own_for_each_skill(layout, tokenize
     assert len({tuple(row) for row in found[0][0].reshape(100, -1).tolist()}) > 90  # words may repeat, steps do not
 
 
-def test_the_loss_of_several_parts_is_the_mean_over_all_their_supervised_tokens(layout, tokenizer):
+def test_the_gradient_of_several_parts_is_that_of_the_mean_over_all_their_supervised_tokens(layout, tokenizer):
     torch.manual_seed(0)
     model = build_model(TINY, tokenizer).double()
     parts = [
@@ -255,9 +257,16 @@ def test_the_loss_of_several_parts_is_the_mean_over_all_their_supervised_tokens(
         render_items(demonstrations(SKILLS["spell_backward"], 4, 1), layout, tokenizer),
     ]
     counts = [int((labels[:, 1:] != IGNORED).sum()) for _, labels in parts]
-    alone = [answer_loss(model, [part]).item() for part in parts]
+    alone = [answer_loss(model, *part) for part in parts]
     mean = sum(count * loss for count, loss in zip(counts, alone, strict=True)) / sum(counts)
-    assert answer_loss(model, parts).item() == pytest.approx(mean, rel=1e-12)
+    expected = torch.autograd.grad(mean, list(model.parameters()))
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(2) as two:
+        assert set_gradients(model, parts, one) == pytest.approx(mean.item(), rel=1e-12)
+        serial = [parameter.grad for parameter in model.parameters()]
+        set_gradients(model, parts, two)
+    for parameter, gradient, one_by_one in zip(model.parameters(), expected, serial, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+        assert torch.equal(parameter.grad, one_by_one)
 
 
 def test_a_model_with_skills_learns_them_and_says_how_well_on_its_card(tmp_path):
@@ -273,7 +282,7 @@ def test_training_on_a_skill_lowers_its_loss(folder, tmp_path, tokenizer, layout
     batch = render_items(held_out(SKILLS["number_sorting"], 64, 1), layout, tokenizer)
     with_skill, without = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path, folder))
     # digits are one of 10: log(10) = 2.3 nats is what knowing the form gives; without, digits were never an answer
-    assert answer_loss(with_skill, [batch]).item() < answer_loss(without, [batch]).item() - 1.0
+    assert answer_loss(with_skill, *batch).item() < answer_loss(without, *batch).item() - 1.0
 
 
 def test_a_skill_is_measured_on_its_test_items_as_the_reward_grades_them(tokenizer, layout):
