@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from data_prep import skills
 from data_prep.cache import Progress, cached_folder, option, planned_folder, print_progress, run_builder
 from klreg_verl.experiment.strict import FieldError
 
+Device = Literal["cpu", "cuda"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 PAD, EOS, ROLES = "<|endoftext|>", "<|im_end|>", ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -75,12 +76,13 @@ class TinyModelOptions:
     learning_rate: float = option(2e-3, "peak of the learning rate of AdamW")
     skills: tuple[str, ...] = option((), f"skills learned beside palindromes: {', '.join(skills.SKILLS)}")
     skill_rows: int = option(24, "demonstrations of each skill in a step, beside batch_size palindromes")
+    device: Device = option("cpu", "cpu, or cuda for a larger model (its bits then depend on the GPU)")
     seed: int = option(1, "seed of weights and examples")
     measured_prompts: int = option(256, "new prompts on which the finished model is measured, 8 samples each")
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("seed", "flawed", "skills") and value <= 0:
+            if name not in ("seed", "flawed", "skills", "device") and value <= 0:
                 raise FieldError(name, f"{value} must be greater than 0.")
         skills.check_skills("skills", self.skills)
         if not 0 <= self.flawed < 1:
@@ -169,11 +171,16 @@ def build_model(options: TinyModelOptions, tokenizer: PreTrainedTokenizerBase) -
 
 
 def build(options: TinyModelOptions, folder: Path, progress: Progress = print_progress) -> None:
-    """Trains the model and writes it with tokenizer, generation config and card.json into an existing folder."""
+    """Trains the model and writes it with tokenizer, generation config and card.json into an existing folder.
+
+    Raises:
+        FieldError: this machine lacks the options' device.
+    """
+    _check_device(options.device)
     tokenizer = build_tokenizer()
     layout = read_layout(tokenizer)
     with _deterministic(options):
-        model = build_model(options, tokenizer)
+        model = build_model(options, tokenizer).to(options.device)
         cpu_start = time.process_time()
         train(model, layout, options, progress, tokenizer)
         cpu_seconds = time.process_time() - cpu_start
@@ -193,6 +200,11 @@ def build(options: TinyModelOptions, folder: Path, progress: Progress = print_pr
         )
         + f"{cpu_seconds:.0f} CPU seconds",
     )
+
+
+def _check_device(device: Device) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FieldError("device", "torch finds no CUDA device here. Build the model where there is one, or use cpu.")
 
 
 def planned(options: TinyModelOptions, data_root: Path) -> Path:
@@ -336,6 +348,7 @@ def set_gradients(model: Qwen2ForCausalLM, parts: Sequence[tuple[Tensor, Tensor]
     Returns:
         That mean [nats].
     """
+    parts = [(ids.to(model.device), labels.to(model.device)) for ids, labels in parts]
     total = sum(int(supervised(labels).sum()) for _, labels in parts)
     found = list(threads.map(lambda part: _share_of_loss(model, *part, total), parts))
     for parameter, gradients in zip(model.parameters(), zip(*(grads for _, grads in found), strict=True), strict=True):
@@ -409,14 +422,14 @@ def generate(model: Qwen2ForCausalLM, letters: np.ndarray, layout: Layout, *, gr
 
 @torch.no_grad()
 def continued(model: Qwen2ForCausalLM, ids: Tensor, num_tokens: int, *, greedy: bool) -> Tensor:
-    """The next tokens, most likely or sampled at temperature 1, (num, T) -> (num, num_tokens)."""
-    step, past, found = ids, None, []
+    """The next tokens, most likely or sampled at temperature 1, (num, T) -> (num, num_tokens) on the CPU."""
+    step, past, found = ids.to(model.device), None, []
     for _ in range(num_tokens):
         output = model(input_ids=step, past_key_values=past, use_cache=True, logits_to_keep=1)
         logits, past = output.logits[:, -1], output.past_key_values
         step = logits.argmax(-1, keepdim=True) if greedy else torch.multinomial(logits.softmax(-1), 1)
         found.append(step)
-    return torch.cat(found, dim=1)
+    return torch.cat(found, dim=1).cpu()
 
 
 def is_right(answers: np.ndarray, letters: np.ndarray, layout: Layout) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The report of a study: everything that must be in it is in it, and broken folders do not stop it."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -241,6 +242,16 @@ def test_arms_are_shown_in_the_recipes_order(study):
     read = report.read_study(study, {"arms": {"reverse": {}, "none": {}}})
     assert [group.label for group in read.groups] == ["reverse", "none", "forward"]
     assert read.name == "synthetic"
+
+
+def test_a_report_of_the_runs_alone_keeps_the_recipes_order_by_the_longest_list_that_a_run_was_told(tmp_path):
+    told = {"forward": ["forward", "reverse"], "none": ["none", "forward", "reverse"], "reverse": []}
+    for arm, arms in told.items():
+        run = write_run(tmp_path / "study", arm, rows=[{"step": 1, "train/accuracy": 0.5}])
+        spec = json.loads((run / "spec.json").read_text())
+        (run / "spec.json").write_text(json.dumps(spec | {"arms": arms}))
+    read = report.read_study(tmp_path / "study", {})
+    assert [group.label for group in read.groups] == ["none", "forward", "reverse"]
 
 
 def test_alarms_are_in_the_page_and_in_the_markdown(tmp_path):

@@ -289,6 +289,8 @@ def test_a_skill_is_measured_on_its_test_items_as_the_reward_grades_them(tokeniz
     class Oracle(torch.nn.Module):
         """Continues each prompt of the skill by its right answer, but for items of five digits."""
 
+        device = torch.device("cpu")
+
         def __init__(self) -> None:
             super().__init__()
             self.answers = {item.prompt: item.answer for item in held_out(SKILLS["number_sorting"], 12, TINY.seed)}
@@ -342,8 +344,17 @@ def test_the_source_of_the_skills_decides_the_folder_only_where_there_are_some(t
         ({"heads": 3}, "hidden_size: 128 cannot be split into 3 heads .* Use a multiple of 6"),
         ({"steps": 0}, "steps: 0 must be greater than 0"),
         ({"min_length": 9}, "max_length: 8 is below min_length=9"),
+        ({"device": "gpu"}, "device: .gpu. is not one of cpu, cuda"),
     ],
 )
 def test_bad_options_are_refused_with_their_place(options, text):
     with pytest.raises(ValueError, match=text):
         options_from(TinyModelOptions, options, "model.options")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_this_machine_lacks_is_refused_when_the_model_is_made_and_no_earlier(tmp_path):
+    options = options_from(TinyModelOptions, {"device": "cuda"}, "model.options")
+    assert planned(options, tmp_path).name.startswith("tiny-model-")
+    with pytest.raises(ValueError, match="device: torch finds no CUDA device here"):
+        build(options, tmp_path, quiet)

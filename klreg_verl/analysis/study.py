@@ -53,7 +53,7 @@ def read_study(
     recipe_dir = Path(recipe_dir)
     loaded = load(recipe_dir)
     runs = tuple(cards.anonymous(run) if anonymous else run for run in loaded)
-    groups = tuple(group_runs(runs, tuple(recipe_text.get("arms") or ())))
+    groups = tuple(group_runs(runs, recipe_text.get("arms") or _arms(runs)))
     existing = {run.run_id for run in runs}
     name = str(recipe_text.get("name") or recipe_dir.resolve().name)
     return Study(
@@ -72,3 +72,8 @@ def read_study(
 def _asked(runs: Sequence[Run]) -> str:
     """The question as the runs' specs have it, for a report of a folder without its recipe."""
     return next((str(run.spec["question"]) for run in runs if run.spec.get("question")), "")
+
+
+def _arms(runs: Sequence[Run]) -> Sequence[str]:
+    """The recipe's arms in its order, likewise; of runs from before and after an arm was added, the longer list."""
+    return max((run.spec.get("arms") or () for run in runs), key=len, default=())

@@ -43,6 +43,7 @@ _NOT_CONTENT = (
     "question",
     "root",
     "arm",
+    "arms",
     "task_name",
     "grid",
     "claims",
@@ -84,6 +85,8 @@ class RunSpec:
     resources: ResourcesSpec
     verl: Mapping[str, Any] = field(default_factory=dict)
     """Flat dotted keys of verl's own."""
+    arms: tuple[str, ...] = ()
+    """The recipe's arms in its order, which a report of the runs alone keeps."""
     claims: Mapping[str, ClaimSpec] = field(default_factory=dict)
     """What the recipe is to decide; not part of what is computed, but hashed into the run's card."""
 
@@ -159,6 +162,7 @@ def _spec(recipe: Recipe, cell: Cell, seed: int) -> RunSpec:
         question=recipe.question,
         root=str(recipe.root),
         arm=cell.arm,
+        arms=tuple(recipe.arms),
         task_name=cell.task_name,
         grid=cell.grid,
         seed=seed,
