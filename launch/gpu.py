@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from klreg_verl.experiment import architecture, estimate, fit
 from klreg_verl.experiment.architecture import Architecture
@@ -247,25 +248,27 @@ WITHOUT_FLASH = {
 def model_of(spec: RunSpec) -> Architecture:
     """The architecture of a run's model, from its files where they are here. Raises ValueError."""
     if spec.model.path == "tiny":
-        return TINY
+        return tiny(spec.model.options)
     return architecture.of(spec.model.path, _folder(spec))
 
 
-TINY = Architecture(
-    name="tiny",
-    layers=4,
-    hidden=128,
-    intermediate=512,
-    heads=4,
-    kv_heads=4,
-    head_dim=32,
-    vocabulary=512,
-    tied=True,
-    qkv_bias=True,
-    qk_norm=False,
-    source="data_prep/tiny_model.py, by default, rounded up",
-)
-"""Nothing about it decides whether it fits."""
+def tiny(options: Mapping[str, Any]) -> Architecture:
+    """The model that data_prep/tiny_model.py makes, by its options; its packages need not be here."""
+    hidden, heads = options.get("hidden_size", 128), options.get("heads", 4)
+    return Architecture(
+        name="tiny",
+        layers=options.get("layers", 3),
+        hidden=hidden,
+        intermediate=4 * hidden,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=hidden // heads,
+        vocabulary=261,
+        tied=True,
+        qkv_bias=True,
+        qk_norm=False,
+        source="data_prep/tiny_model.py",
+    )
 
 
 def _folder(spec: RunSpec) -> Path | None:

@@ -1,6 +1,6 @@
 """Step time and peak memory at 1.5B, with the KL off and on, per estimator and response length; on a GPU.
 
-    python -m pytest tests/bench/gpu -q -s --timeout=7200      prints the table, and writes it to KLREG_BENCH_OUT if set
+    python -m pytest tests/bench/gpu -q -s --timeout=7200      prints the table, and keeps it in the folder KLREG_BENCH_OUT if set
 
 Random weights of DeepSeek-R1-Distill-Qwen-1.5B's architecture; every response has its full length. Beside what is
 measured stands what `klreg plan` would have said, so that the arithmetic's assumptions can be corrected.
@@ -129,7 +129,9 @@ def show(rows: list[dict[str, object]]) -> None:
         cells = "".join(f"{'-' if value is None else f'{value:.2f}':>12}" for value in numbers)
         print(f"{one['arm']:<14} {one['response_tokens']:>6}{cells}")
     if out := os.environ.get("KLREG_BENCH_OUT"):
-        Path(out).write_text(json.dumps({"device": torch.cuda.get_device_name(), "versions": names, "rows": rows}))
+        kept = {"device": torch.cuda.get_device_name(), "versions": names, "rows": rows}
+        Path(out).mkdir(parents=True, exist_ok=True)
+        (Path(out) / "step_time.json").write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def test_the_random_model_is_what_verl_accepts(tmp_path: Path):
