@@ -42,6 +42,7 @@ def attempts(lab: Lab) -> int:
     return len(list((folder(lab) / "attempts").iterdir()))
 
 
+@pytest.mark.in_ci
 def test_random_kills_lose_no_step_and_double_none(lab: Lab):
     draws, steps = random.Random(SEED), STEPS_BETWEEN * (KILLS + 1)
     job = submit(

@@ -1,6 +1,8 @@
 """Step time and peak memory at 1.5B, with the KL off and on, per estimator and response length; on a GPU.
 
-    python -m pytest tests/bench/gpu -q -s --timeout=7200      prints the table, and keeps it in the folder KLREG_BENCH_OUT if set
+    python -m pytest tests/bench/gpu -q -s --timeout=7200
+
+prints the table, and keeps it in the folder KLREG_BENCH_OUT if that is set.
 
 Random weights of DeepSeek-R1-Distill-Qwen-1.5B's architecture; every response has its full length. Beside what is
 measured stands what `klreg plan` would have said, so that the arithmetic's assumptions can be corrected.
