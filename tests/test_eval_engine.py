@@ -101,7 +101,7 @@ def test_a_killed_parent_takes_the_process_with_it(order: Order, tmp_path: Path)
 def test_vllm_gets_its_environment_and_the_user_may_change_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found = engine.environment("cpu")
-    assert (found["VLLM_ENABLE_V1_MULTIPROCESSING"], found["OMP_NUM_THREADS"]) == ("0", "2")
+    assert (found["VLLM_ENABLE_V1_MULTIPROCESSING"], found["OMP_NUM_THREADS"]) == ("0", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert engine.environment("cpu")["OMP_NUM_THREADS"] == "7"
     assert "VLLM_CPU_KVCACHE_SPACE" not in engine.environment("cuda")
