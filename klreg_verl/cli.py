@@ -64,6 +64,9 @@ def run(
         bool, typer.Option("--dry-run", help="Check everything, show every setting, start nothing.")
     ] = False,
     ray_address: Annotated[str | None, typer.Option(help="Use this Ray, as HOST:PORT, instead of our own.")] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="Beside another `klreg run`: take the runs that nobody works on.")
+    ] = False,
     runs_dir: RunsDir = None,
 ) -> None:
     """Run what is unfinished of a recipe on this machine, then write its report."""
@@ -75,11 +78,12 @@ def run(
         root = runs_root(runs_dir)
         platform = preflight.detect_platform(ray_address)
         typer.echo(f"platform: {platform}")
+        specs = preflight.free(specs, root) if share else specs
         findings = preflight.check(specs, root, platform, ray_address)
         if dry_run:
             _show_dry_run(findings, specs, root, platform)
             return
-        outcomes = _run(specs, root, platform, ray_address)
+        outcomes = _run(specs, root, platform, ray_address, share)
     failed = [outcome for outcome in outcomes if outcome.status != "done"]
     try:
         with told():
@@ -253,15 +257,15 @@ def _refuse_together(alone: dict[str, Any], others: dict[str, Any]) -> None:
         raise ValueError(f"{' and '.join(given)} do not go together: each is an answer of its own. Ask one at a time.")
 
 
-def _run(specs: list[RunSpec], root: Path, platform: str, ray_address: str | None) -> list[Any]:
+def _run(specs: list[RunSpec], root: Path, platform: str, ray_address: str | None, share: bool) -> list[Any]:
     from launch import local
     from launch.display import LiveDisplay, PlainDisplay, is_terminal
 
     try:
         if not is_terminal():
-            return local.run(specs, root, platform, PlainDisplay(len(specs)), ray_address)
+            return local.run(specs, root, platform, PlainDisplay(len(specs)), ray_address, share)
         with LiveDisplay(specs) as display:
-            return local.run(specs, root, platform, display, ray_address)
+            return local.run(specs, root, platform, display, ray_address, share)
     except local.Interrupted as signal_name:
         typer.echo(f"Stopped by {signal_name}. The same command resumes from the last checkpoint.")
         raise typer.Exit(1) from None

@@ -23,7 +23,7 @@ from typing import Any
 from klreg_verl import doctor
 from klreg_verl.experiment import claims, provenance
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.store import RunFolder, Status, atomic_write, run_folder, write_json
+from klreg_verl.experiment.store import RunFolder, RunLocked, Status, atomic_write, run_folder, write_json
 from klreg_verl.verl_hooks import checkpoints, cpu, overrides
 from launch import failure, inputs, preflight
 from launch.display import Display
@@ -57,7 +57,12 @@ class Interrupted(Exception):
 
 
 def run(
-    specs: Sequence[RunSpec], runs_dir: Path, platform: str, display: Display, ray_address: str | None = None
+    specs: Sequence[RunSpec],
+    runs_dir: Path,
+    platform: str,
+    display: Display,
+    ray_address: str | None = None,
+    share: bool = False,
 ) -> list[Outcome]:
     """Run what is unfinished, in order; a failed run does not stop the next.
 
@@ -67,13 +72,17 @@ def run(
         platform: "cpu" or "cuda".
         display: told of every step.
         ray_address: a Ray that is there already, whose nodes have this environment and see all paths; None: our own.
+        share: leave a run that another process works on to it.
+
+    Returns:
+        How each run ended, but for those that are left to others.
 
     Raises:
         Interrupted: after the current run was marked interrupted and everything was ended.
-        RuntimeError: Ray did not start.
+        RuntimeError: Ray did not start, or another process works on a run that is not shared.
         ValueError: a run's folder holds another run, or another process works in it.
     """
-    preflight.check_folders(specs, runs_dir)
+    (preflight.check_same if share else preflight.check_folders)(specs, runs_dir)
     waiting = [spec for spec in specs if not run_folder(spec, runs_dir).is_done(spec)]
     done = [Outcome(spec=spec, status="done") for spec in specs if spec not in waiting]
     for outcome in done:
@@ -82,7 +91,14 @@ def run(
         return done
     files = {spec.run_id: inputs.prepare(spec, runs_dir, display.note) for spec in waiting}
     with stop_signals(), _session(waiting, platform, ray_address) as session:
-        return done + [run_one(spec, files[spec.run_id], runs_dir, platform, session, display) for spec in waiting]
+        for spec in waiting:
+            try:
+                done.append(run_one(spec, files[spec.run_id], runs_dir, platform, session, display))
+            except RunLocked:
+                if not share:
+                    raise
+                display.note(f"{spec.run_id} is left to {run_folder(spec, runs_dir).holder()}")
+    return done
 
 
 def _session(
@@ -107,6 +123,9 @@ def run_one(
     folder = run_folder(spec, runs_dir)
     with folder.lock():
         preflight.check_same([spec], runs_dir)
+        if folder.is_done(spec):  # another process was here meanwhile
+            display.skip(spec)
+            return Outcome(spec=spec, status="done")
         folder.create(spec)
         folder.sweep()
         if preflight.without_optimizer(folder) is not None:  # so it has every step that is asked for

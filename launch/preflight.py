@@ -124,9 +124,17 @@ def check_folders(specs: Sequence[RunSpec], runs_dir: Path) -> None:
     for folder in (run_folder(spec, runs_dir) for spec in specs):
         if folder.is_locked():
             raise ValueError(
-                f"{folder.path} is in use by {folder.holder()}. Wait for it or stop it; for a second study side by "
-                "side use another --runs-dir."
+                f"{folder.path} is in use by {folder.holder()}. Wait for it or stop it; --share takes the runs that "
+                "nobody works on; for a second study side by side use another --runs-dir."
             )
+
+
+def free(specs: Sequence[RunSpec], runs_dir: Path) -> list[RunSpec]:
+    """The runs that no process works on. Raises ValueError where there is none."""
+    found = [spec for spec in specs if not run_folder(spec, runs_dir).is_locked()]
+    if not found:
+        raise ValueError("Another process works on each of these runs: none is left to share.")
+    return found
 
 
 def check_software() -> Finding:

@@ -3,9 +3,11 @@ Python process that writes metrics; that verl's driver does so is shown in tests
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +23,7 @@ from klreg_verl.experiment import claims, plan, recipe
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, run_folder
 from klreg_verl.verl_hooks import cpu, overrides
-from launch import inputs, local
+from launch import inputs, local, preflight
 from launch.local import Interrupted, Outcome
 from launch.session import End
 
@@ -149,6 +151,36 @@ def test_a_run_that_its_alarms_end_fails_with_an_end_of_its_own(spec, files, tmp
     assert (outcome.status, folder.state().status) == ("failed", "failed")
     end = json.loads((folder.attempts_dir / "1" / "end.json").read_text())
     assert end["status"] == "alarm" and "kl_above: 3 nats" in end["reason"]
+
+
+@pytest.fixture
+def two(spec, tmp_path, monkeypatch) -> list[RunSpec]:
+    """Two runs, and a session without Ray for whoever runs them."""
+    monkeypatch.setattr(local, "_session", lambda *_: contextlib.nullcontext(Here("step(1, 2, 3)")))
+    return plan.expand(recipe.load(tmp_path / "study.yaml", overrides=["seeds=[1,2]"]))
+
+
+def test_shared_runs_are_left_to_who_works_on_them_and_the_others_are_done(two, tmp_path):
+    runs, seen = tmp_path / "runs", Seen()
+    with run_folder(two[0], runs).lock():
+        with pytest.raises(ValueError, match="in use by process .* --share takes the runs that nobody works on"):
+            local.run(two, runs, "cpu", seen)
+        assert preflight.free(two, runs) == two[1:]
+        outcomes = local.run(two, runs, "cpu", seen, share=True)
+    assert [(outcome.spec.seed, outcome.status) for outcome in outcomes] == [(2, "done")]
+    assert seen.events[0] == f"reverse/mine/seed1 is left to process {os.getpid()} on {socket.gethostname()}"
+    assert [outcome.status for outcome in local.run(two, runs, "cpu", seen, share=True)] == ["done", "done"]
+    with contextlib.ExitStack() as both:
+        for each in two:
+            both.enter_context(run_folder(each, runs).lock())
+        with pytest.raises(ValueError, match="none is left to share"):
+            preflight.free(two, runs)
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_begun_again(spec, files, tmp_path):
+    run(spec, files, tmp_path / "runs", "step(1, 2, 3)")
+    outcome, events, folder = run(spec, files, tmp_path / "runs", "step(4)")
+    assert (outcome.status, events, folder.state().attempt) == ("done", ["skip"], 1)
 
 
 def test_what_a_kill_left_behind_is_removed_by_the_next_attempt(spec, files, tmp_path):
