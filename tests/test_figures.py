@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from run_folders import write_run, write_study
 
 from klreg_verl.analysis import figures
@@ -32,6 +33,15 @@ def drawn(groups, name):
     return figures.time_course(groups, panel(name), axes)
 
 
+def overview_texts(groups, path):
+    """Every text of the row of four, as it is written to the file."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_save", lambda figure, *_: found.extend(figure.findobj(Text)))
+        figures.overview(groups, path)
+    return [text.get_text() for text in found]
+
+
 def pixels(path):
     """Width and height from a PNG's header."""
     head = path.read_bytes()[:24]
@@ -53,6 +63,29 @@ def test_the_thick_line_is_the_mean_of_the_runs_smoothed(groups):
     # 40 steps: a window of five, so the first full one is at step 3
     assert list(thick.get_xdata())[0] == 3 and list(thick.get_xdata())[-1] == 38
     assert thick.get_ydata()[0] == pytest.approx(values[:5].mean())
+
+
+def test_three_runs_have_a_band_of_their_standard_error_instead_of_lines_of_their_own(tmp_path):
+    # accuracies 0.1, 0.2, 0.6 at every step: mean 0.3, variance (0.04 + 0.01 + 0.09) / 2 = 0.07, error sqrt(0.07 / 3)
+    for seed, accuracy in ((1, 0.1), (2, 0.2), (3, 0.6)):
+        write_run(tmp_path, "none", [{"step": s, "train/accuracy": accuracy} for s in (1, 2, 3)], seed=seed)
+    write_run(tmp_path, "none", [{"step": 1, "train/accuracy": 0.9}], seed=4, status="failed")
+    axes = drawn(group_runs(load(tmp_path)), "accuracy")
+    (band,) = axes.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((0.3 - (0.07 / 3) ** 0.5, 0.3 + (0.07 / 3) ** 0.5))
+    assert [list(line.get_ydata()) for line in axes.lines if line.get_linewidth() == 0.7] == [[0.9]]  # the failed one
+
+
+def test_long_names_stand_below_an_overview_once_and_leave_its_panels_their_room(tmp_path):
+    shown = {}
+    for name, arms in (("short", ("none", "reverse")), ("long", ("none", "reverse_with_a_long_name"))):
+        write_study(tmp_path / name, arms=["none"])
+        for arm in arms[1:]:
+            write_run(tmp_path / name, arm, [{"step": 1, "train/accuracy": 0.5}])
+        shown[name] = overview_texts(group_runs(load(tmp_path / name)), tmp_path / f"{name}.png")
+    assert shown["short"].count("none") == 4 and shown["long"].count("none") == 1
+    assert shown["long"].count("reverse_with_a_long_name") == 1
 
 
 def test_every_setting_is_named_once_and_axes_carry_units(groups):

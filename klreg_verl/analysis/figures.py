@@ -1,8 +1,9 @@
 """Figures of a study: groups in, Axes out; and from them PNG files or SVG that takes its colours from the page.
 
-In every time course a thin line is one run, step by step as recorded, and the thick line of a setting is the mean of
-its runs (one run: the run itself), smoothed by a centred moving mean whose window the captions state. Settings are
-named at the ends of their lines. A run that failed or was interrupted ends in a cross.
+In every time course the thick line of a setting is the mean of its runs (one run: the run itself), smoothed by a
+centred moving mean whose window the captions state. The band of three or more runs is the standard error over them,
+each smoothed likewise; any other run is a thin line, step by step as recorded. Settings are named at the ends of their
+lines. A run that failed or was interrupted ends in a cross.
 
 Colours: Okabe and Ito (2008), "Color Universal Design", safe for the common colour-vision deficiencies; after them,
 dashed. No figure contains a time or a random identifier: the same runs give the same bytes.
@@ -23,6 +24,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, MaxNLocator
 
 from klreg_verl.analysis import claims, stats
@@ -38,6 +40,10 @@ PANEL_SIZE = (4.9, 2.9)
 OVERVIEW_SIZE = (12.0, 3.25)
 OVERVIEW_DOTS_PER_INCH = 220
 """The row of four: 2640 x 715 pixels as PNG, twice what a README shows and more."""
+CHARACTER = 0.072
+"""Inches of a name's character, about."""
+LABEL_ROOM = 0.9
+"""Inches that names may take at the ends of the lines of one panel of an overview."""
 BLOCK = 10
 """Steps that one dot of the KL-accuracy figure averages."""
 
@@ -137,6 +143,8 @@ FRONTIERS = (
     ),
 )
 """Drawn where an arm was run at several betas."""
+BANDED = 3
+"""From so many runs on a band shows their spread; fewer are drawn one by one."""
 MOST_POINTS = 300
 """Points of a thin line: a longer one keeps the extremes of each stretch, which look the same at this size."""
 TITLES = {panel.name: panel.title for panel in (*TIME_COURSES, *MISMATCH, *FRONTIERS)} | {
@@ -146,8 +154,11 @@ TITLES = {panel.name: panel.title for panel in (*TIME_COURSES, *MISMATCH, *FRONT
 }
 
 
-def time_course(groups: Sequence[Group], panel: Panel, axes: Axes, theme: Theme = LIGHT) -> Axes:
-    """``panel.key`` against the step, for every run and for the smoothed mean of every group that recorded it."""
+def time_course(groups: Sequence[Group], panel: Panel, axes: Axes, theme: Theme = LIGHT, *, named: bool = True) -> Axes:
+    """``panel.key`` against the step: the smoothed mean of every group that recorded it, with the spread of its runs.
+
+    ``named``: whether the groups' names stand at the ends of their lines.
+    """
     window = window_of(groups) if panel.smoothed else 1
     ends = [_draw_group(group, panel.key, window, axes, theme) for group in groups if group.series(panel.key)]
     _frame(axes, panel.title, panel.unit, theme)
@@ -155,7 +166,7 @@ def time_course(groups: Sequence[Group], panel: Panel, axes: Axes, theme: Theme 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.margins(x=0, y=0.08)
     _widen(axes)
-    _label_ends(axes, [end for end in ends if end is not None])
+    _label_ends(axes, [end for end in ends if end is not None and named])
     return axes
 
 
@@ -306,20 +317,44 @@ def svg(draw: Draw, name: str, groups: Sequence[Group]) -> str:
 
 
 def overview(groups: Sequence[Group], path: Path, theme: Theme = LIGHT) -> Path:
-    """Accuracy, KL, entropy and coverage of one task in a row of ``OVERVIEW_SIZE``; a panel without data says so."""
+    """Accuracy, KL, entropy and coverage of one task in a row of ``OVERVIEW_SIZE``; a panel without data says so.
+
+    Names that would take the panels' room at the ends of the lines stand in a row below instead.
+    """
     with matplotlib.rc_context(_style()):
         figure = Figure(figsize=OVERVIEW_SIZE, facecolor=theme.background)
-        label_width = _label_width(groups)
+        named = _label_width(groups) <= LABEL_ROOM
+        label_width = _label_width(groups) if named else 0.1
         for index, panel in enumerate(OVERVIEW):
             place = _place(OVERVIEW_SIZE, label_width, index, len(OVERVIEW), bottom=0.66)
             axes = figure.add_axes(place, facecolor="none")
-            time_course(groups, panel, axes, theme)
+            time_course(groups, panel, axes, theme, named=named)
             if not recorded(groups, panel):
                 axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=theme.muted)
-        window = window_of(groups)
-        note = f"thin: every step of a run · thick: mean of the runs over {window} steps · {_seeds_text(groups)}"
-        figure.text(0.995, 0.03, note, ha="right", color=theme.muted, fontsize=7)
+        if not named:
+            _name_in_a_row(groups, figure, theme)
+        figure.text(0.995, 0.03, _reading(groups), ha="right", color=theme.muted, fontsize=7)
         return _save(figure, path, OVERVIEW_DOTS_PER_INCH)
+
+
+def _name_in_a_row(groups: Sequence[Group], figure: Figure, theme: Theme) -> None:
+    """The names at the bottom left, each after a piece of its line."""
+    x, inch = 0.5 / OVERVIEW_SIZE[0], 1 / OVERVIEW_SIZE[0]
+    for group in groups:
+        line = Line2D(
+            [x, x + 0.2 * inch], [0.05] * 2, color=_color(group, theme), linewidth=1.9, linestyle=_dashes(group, theme)
+        )
+        figure.add_artist(line)
+        figure.text(x + 0.26 * inch, 0.03, group.label, color=_color(group, theme), fontweight="bold")
+        x += (0.38 + CHARACTER * len(group.label)) * inch
+
+
+def _reading(groups: Sequence[Group]) -> str:
+    """How an overview is to be read."""
+    counts = [len(group.final_runs) for group in groups]
+    told = ["band: ± standard error over seeds"] if max(counts, default=0) >= BANDED else []
+    told += ["thin: every step of a run"] if min(counts, default=0) < BANDED else []
+    return " · ".join([*told, f"thick: mean of the runs over {window_of(groups)} steps", _seeds_text(groups)])
 
 
 def spread(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
@@ -402,21 +437,30 @@ def _dashes(group: Group, theme: Theme) -> Any:
 
 def _draw_group(group: Group, key: str, window: int, axes: Axes, theme: Theme) -> _End | None:
     color = _color(group, theme)
-    series = group.series(key)
-    faint = 0.45 / len(series) ** 0.4
-    for run, values in series:
-        thin = thinned(values)
-        axes.plot(thin.index, thin, color=color, linewidth=0.7, alpha=faint, zorder=2)
-        if run.status in ("failed", "interrupted"):
-            axes.plot(
-                values.index[-1:], values.iloc[-1:], "x", color=color, markersize=5, markeredgewidth=1.2, zorder=4
-            )
+    banded = [run for run in group.final_runs if key in run.training]
+    banded = banded if len(banded) >= BANDED else []
+    inside = {run.run_id for run in banded}
+    _draw_runs([(run, values) for run, values in group.series(key) if run.run_id not in inside], color, axes)
     mean = group.arm_mean(key)
     if not len(mean):
         return None
     thick = stats.smooth(mean, window)
     axes.plot(thick.index, thick, color=color, linewidth=1.9, linestyle=_dashes(group, theme), zorder=3)
+    if banded:
+        error = pd.concat([stats.smooth(run.training[key], window) for run in banded], axis=1).sem(axis=1)[thick.index]
+        axes.fill_between(thick.index, thick - error, thick + error, color=color, alpha=0.16, linewidth=0, zorder=1)
     return _End(x=float(thick.index[-1]), y=float(thick.iloc[-1]), label=group.label, color=color)
+
+
+def _draw_runs(series: Sequence[tuple[Run, pd.Series]], color: str, axes: Axes) -> None:
+    """Runs one by one, a cross where one failed or was interrupted."""
+    for run, values in series:
+        thin = thinned(values)
+        axes.plot(thin.index, thin, color=color, linewidth=0.7, alpha=0.45 / len(series) ** 0.4, zorder=2)
+        if run.status in ("failed", "interrupted"):
+            axes.plot(
+                values.index[-1:], values.iloc[-1:], "x", color=color, markersize=5, markeredgewidth=1.2, zorder=4
+            )
 
 
 def thinned(values: pd.Series, most: int = MOST_POINTS) -> pd.Series:
@@ -546,8 +590,8 @@ def _label_places(axes: Axes, ends: Sequence[_End]) -> list[tuple[_End, tuple[fl
 
 
 def _label_width(groups: Sequence[Group]) -> float:
-    """Inches that the longest label needs, at about 0.078 inch a character; at most 1.7."""
-    return min(1.7, 0.16 + 0.078 * max((len(group.label) for group in groups), default=0))
+    """Inches that the longest label needs; at most 1.7."""
+    return min(1.7, 0.2 + CHARACTER * max((len(group.label) for group in groups), default=0))
 
 
 def _place(

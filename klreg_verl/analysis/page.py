@@ -57,8 +57,9 @@ def smoothing_text(study: Study) -> str:
     windows = {task: figures.window_of(study.of_task(task)) for task in study.tasks}
     told = [f"{window} steps" if len(windows) == 1 else f"{window} steps ({task})" for task, window in windows.items()]
     return (
-        "A thin line is one run, every step as recorded. The thick line is the mean of an arm's runs, smoothed by a "
-        f"centred mean over {', '.join(told)} where that window exists. A step is measured on the batch sampled before "
+        "The thick line is the mean of an arm's runs, smoothed by a centred mean over "
+        f"{', '.join(told)} where that window exists; the band of {figures.BANDED} or more runs is the standard error "
+        "over them. A thin line is one run, every step as recorded. A step is measured on the batch sampled before "
         "its update: step 1 is the starting policy. A cross ends a run that failed or was interrupted."
     )
 

@@ -211,7 +211,7 @@ def scope(groups: Sequence[Group]) -> str:
             "With one seed in an arm this report shows the machinery, not evidence: another seed may order the arms "
             "otherwise. Where an arm has one seed, what follows ± is the standard error over the steps of that run; it "
             "does not contain the spread between seeds. Evidence begins at about five seeds matched across arms: then "
-            "± is taken over seeds, every seed is a thin line in each figure, and differences between arms paired."
+            "± and the bands in the figures are taken over seeds, and differences between arms paired."
         )
     few = " Fewer than five seeds give a rough idea of the spread only." if min(seeds) < MANY_SEEDS else ""
     return (
