@@ -24,7 +24,7 @@ COMPARED = re.compile(
 """Facts of a card that must be alike for a comparison to be of the settings alone."""
 ALIKE_ANYWHERE = re.compile(r"\.path$")
 """Where a file lies says nothing: its hash stands beside it."""
-PER_RUN = {"seed", "run_id", "hash", "question", "root", "claims"}
+PER_RUN = {"seed", "run_id", "hash", "question", "root", "arms", "claims"}
 """What a spec may have of its own in every seed of an arm."""
 NAMING = {"hostname", "node", "nodes", "user", "remote", "remotes", "origin", "url", "cwd", "root", "untracked", "diff"}
 """Keys of a card that tell where and by whom a run was made."""
