@@ -72,33 +72,31 @@ def run(
         platform: "cpu" or "cuda".
         display: told of every step.
         ray_address: a Ray that is there already, whose nodes have this environment and see all paths; None: our own.
-        share: leave a run that another process works on to it.
+        share: begin although another process works on some of them.
 
     Returns:
-        How each run ended, but for those that are left to others.
+        How each run ended, but for those that another process works on when their turn comes: they are left to it.
 
     Raises:
         Interrupted: after the current run was marked interrupted and everything was ended.
-        RuntimeError: Ray did not start, or another process works on a run that is not shared.
-        ValueError: a run's folder holds another run, or another process works in it.
+        RuntimeError: Ray did not start.
+        ValueError: a run's folder holds another run, or, unless shared, another process works in it.
     """
     (preflight.check_same if share else preflight.check_folders)(specs, runs_dir)
     waiting = [spec for spec in specs if not run_folder(spec, runs_dir).is_done(spec)]
-    done = [Outcome(spec=spec, status="done") for spec in specs if spec not in waiting]
-    for outcome in done:
+    outcomes = [Outcome(spec=spec, status="done") for spec in specs if spec not in waiting]
+    for outcome in outcomes:
         display.skip(outcome.spec)
     if not waiting:
-        return done
+        return outcomes
     files = {spec.run_id: inputs.prepare(spec, runs_dir, display.note) for spec in waiting}
     with stop_signals(), _session(waiting, platform, ray_address) as session:
         for spec in waiting:
             try:
-                done.append(run_one(spec, files[spec.run_id], runs_dir, platform, session, display))
-            except RunLocked:
-                if not share:
-                    raise
+                outcomes.append(run_one(spec, files[spec.run_id], runs_dir, platform, session, display))
+            except RunLocked:  # by a `klreg run --share` that began later
                 display.note(f"{spec.run_id} is left to {run_folder(spec, runs_dir).holder()}")
-    return done
+    return outcomes
 
 
 def _session(

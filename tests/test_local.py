@@ -169,12 +169,25 @@ def test_shared_runs_are_left_to_who_works_on_them_and_the_others_are_done(two, 
         outcomes = local.run(two, runs, "cpu", seen, share=True)
     assert [(outcome.spec.seed, outcome.status) for outcome in outcomes] == [(2, "done")]
     assert seen.events[0] == f"reverse/mine/seed1 is left to process {os.getpid()} on {socket.gethostname()}"
-    assert [outcome.status for outcome in local.run(two, runs, "cpu", seen, share=True)] == ["done", "done"]
+    assert [outcome.status for outcome in local.run(two, runs, "cpu", seen)] == ["done", "done"]
     with contextlib.ExitStack() as both:
         for each in two:
             both.enter_context(run_folder(each, runs).lock())
         with pytest.raises(ValueError, match="none is left to share"):
             preflight.free(two, runs)
+
+
+def test_who_came_first_leaves_a_run_that_was_taken_meanwhile_and_does_not_fail(two, tmp_path):
+    class Taker(Seen):
+        """Once the first run is there, another process takes the second."""
+
+        def start(self, spec: RunSpec, steps_done: int) -> None:
+            super().start(spec, steps_done)
+            taken.enter_context(run_folder(two[1], tmp_path / "runs").lock())
+
+    with contextlib.ExitStack() as taken:
+        outcomes = local.run(two, tmp_path / "runs", "cpu", Taker())
+    assert [(outcome.spec.seed, outcome.status) for outcome in outcomes] == [(1, "done")]
 
 
 def test_a_run_that_another_process_finished_meanwhile_is_not_begun_again(spec, files, tmp_path):

@@ -37,6 +37,7 @@ from data_prep.tiny_model import (
     render_prompts,
     set_gradients,
 )
+from launch import gpu
 
 BOTH = ("spell_backward", "number_sorting")
 TINY = TinyModelOptions(hidden_size=32, heads=2, layers=1, steps=20, batch_size=32, measured_prompts=12)
@@ -320,6 +321,12 @@ def test_tokens_continued_with_a_cache_are_those_of_the_whole_sequence(folder, t
     with torch.no_grad():
         likely = model(input_ids=whole).logits[:, ids.shape[1] - 1 : -1].argmax(-1)
     assert torch.equal(found, likely)
+
+
+def test_what_the_plan_takes_the_model_for_is_what_is_made():
+    with torch.device("meta"):
+        made = build_model(TinyModelOptions(), build_tokenizer())
+    assert gpu.tiny({}).parameters == made.num_parameters()
 
 
 def test_the_source_of_the_skills_decides_the_folder_only_where_there_are_some(tmp_path, monkeypatch):

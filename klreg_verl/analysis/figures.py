@@ -143,6 +143,7 @@ FRONTIERS = (
     ),
 )
 """Drawn where an arm was run at several betas."""
+BROKEN_OFF = ("failed", "interrupted")
 BANDED = 3
 """From so many runs on a band shows their spread; fewer are drawn one by one."""
 MOST_POINTS = 300
@@ -437,7 +438,7 @@ def _dashes(group: Group, theme: Theme) -> Any:
 
 def _draw_group(group: Group, key: str, window: int, axes: Axes, theme: Theme) -> _End | None:
     color = _color(group, theme)
-    banded = [run for run in group.final_runs if key in run.training]
+    banded = [run for run in group.final_runs if key in run.training and run.status not in BROKEN_OFF]
     banded = banded if len(banded) >= BANDED else []
     inside = {run.run_id for run in banded}
     _draw_runs([(run, values) for run, values in group.series(key) if run.run_id not in inside], color, axes)
@@ -447,7 +448,8 @@ def _draw_group(group: Group, key: str, window: int, axes: Axes, theme: Theme) -
     thick = stats.smooth(mean, window)
     axes.plot(thick.index, thick, color=color, linewidth=1.9, linestyle=_dashes(group, theme), zorder=3)
     if banded:
-        error = pd.concat([stats.smooth(run.training[key], window) for run in banded], axis=1).sem(axis=1)[thick.index]
+        smoothed = pd.concat([stats.smooth(run.training[key], window) for run in banded], axis=1)
+        error = smoothed.sem(axis=1).reindex(thick.index)
         axes.fill_between(thick.index, thick - error, thick + error, color=color, alpha=0.16, linewidth=0, zorder=1)
     return _End(x=float(thick.index[-1]), y=float(thick.iloc[-1]), label=group.label, color=color)
 
@@ -457,7 +459,7 @@ def _draw_runs(series: Sequence[tuple[Run, pd.Series]], color: str, axes: Axes) 
     for run, values in series:
         thin = thinned(values)
         axes.plot(thin.index, thin, color=color, linewidth=0.7, alpha=0.45 / len(series) ** 0.4, zorder=2)
-        if run.status in ("failed", "interrupted"):
+        if run.status in BROKEN_OFF:
             axes.plot(
                 values.index[-1:], values.iloc[-1:], "x", color=color, markersize=5, markeredgewidth=1.2, zorder=4
             )

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from stack import ROOT, Lab, finish, metrics, remains, stack_processes
 
 from klreg_verl.experiment import plan, recipe
+from klreg_verl.experiment.store import RunFolder
 from launch import guardian, inputs
 
 pytestmark = pytest.mark.timeout(1800)
@@ -34,8 +35,9 @@ LEAN = ["eval.before=false", "eval.every=0", "save.every=1"]
 def test_four_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(lab: Lab, tmp_path: Path):
     before, segments = stack_processes(), shared_segments()
     study = with_a_fourth_arm(tmp_path)
-    output = lab.klreg("run", study, *SMALL, "save.every=1", "alarms.kl_below=1000", "alarms.warm_up=1")
+    command = ["run", study, *SMALL, "save.every=1", "alarms.kl_below=1000", "alarms.warm_up=1"]
     folders = {arm: lab.folder("four", arm) for arm in ("none", "reverse", "forward", "drawn")}
+    output = in_two_terminals(lab, command, folders["none"])
     lines = {arm: metrics(folder) for arm, folder in folders.items()}
 
     assert [line["step"] for line in lines["none"]] == [0, 1, 2]
@@ -68,10 +70,20 @@ def test_four_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(lab
     assert shared_segments() <= segments
 
     started = time.monotonic()
-    again = lab.klreg("run", study, *SMALL, "save.every=1", "alarms.kl_below=1000", "alarms.warm_up=1")
+    again = lab.klreg(*command)
     assert "starting" not in again  # nothing is left to do
     assert time.monotonic() - started < 60
     look_back(lab, folders["none"], lines["none"])
+
+
+def in_two_terminals(lab: Lab, command: list[str | Path], first: Path) -> str:
+    """The output of a command whose runs a second one shares, once it is at the first of them; each did some."""
+    process = lab.start(*command)
+    wait_for(lambda: RunFolder(first).is_locked(), process)
+    shared = lab.klreg(*command, "--share")
+    output = finish(process)
+    assert "none/palindrome/seed1: done" in output and "reverse/palindrome/seed1: done" in shared
+    return output
 
 
 def beginning(folder: Path) -> dict[str, list]:

@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch import gpu
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "e2e"))  # stack.py
-
-WITHOUT_FLASH = (
-    "verl.actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-    "verl.actor_rollout_ref.model.use_remove_padding=false",
-)
 
 
 def missing() -> str:
@@ -48,4 +45,4 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def attention() -> list[str]:
     """Overrides that a run without flash-attn needs."""
-    return [] if importlib.util.find_spec("flash_attn") else list(WITHOUT_FLASH)
+    return [] if importlib.util.find_spec("flash_attn") else [f"verl.{k}={v}" for k, v in gpu.WITHOUT_FLASH.items()]

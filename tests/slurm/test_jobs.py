@@ -154,10 +154,7 @@ ONE_AFTER_THE_OTHER = {
 IN_CI = [pytest.param(kind, marks=pytest.mark.in_ci) for kind in ("as Slurm does it", "killed processes")]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=[] if kind == "lost nodes" else pytest.mark.in_ci) for kind in ONE_AFTER_THE_OTHER],
-)
+@pytest.mark.parametrize("kind", [*IN_CI, "lost nodes"])
 def test_an_interrupted_run_goes_on_where_it_was_and_no_step_is_lost_or_doubled(lab: Lab, kind: str):
     seconds = "2.5" if kind == "lost nodes" else "0.6"  # Slurm notices after 15 s or more
     job = submit(lab, *LONG, profile=f"partition: spot\nenvironment: {{STANDIN_SECONDS: '{seconds}'}}")

@@ -26,6 +26,7 @@ import yaml
 
 from klreg_verl.experiment import architecture, fit, plan, recipe
 from klreg_verl.experiment.store import RunFolder
+from launch import gpu
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -53,8 +54,7 @@ def study(folder: Path, model: Path, length: int) -> Path:
     """A recipe with the four arms at one length; small batches, for a machine with one GPU."""
     verl = {f"{ROLLOUT}.ignore_eos": True, f"{ROLLOUT}.gpu_memory_utilization": 0.4}
     if importlib.util.find_spec("flash_attn") is None:
-        model_key = "actor_rollout_ref.model"
-        verl |= {f"{model_key}.override_config.attn_implementation": "sdpa", f"{model_key}.use_remove_padding": False}
+        verl |= gpu.WITHOUT_FLASH
     values = {
         "question": "What does a step cost?",
         "model": {"path": str(model)},
