@@ -45,7 +45,7 @@ def run(lab: Lab) -> RunFolder:
     write_json(folder.provenance_path, record)
     weights = load_file(model / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    noisy = {name: w * (1 + 0.2 * torch.randn(w.shape, generator=generator)) for name, w in weights.items()}
+    noisy = {name: w * (1 + 0.3 * torch.randn(w.shape, generator=generator)) for name, w in weights.items()}
     for step, state in ((1, weights), (2, noisy)):
         save(checkpoints.step_folder(folder.checkpoints_dir, step), state, model)
     return folder
@@ -107,12 +107,12 @@ def test_an_evaluation_that_is_killed_goes_on_and_models_take_turns_in_one_engin
     start, one, two = records
     assert [record["step"] for record in records] == [0, 1, 2]
     assert (start["prompts"], start["samples"], start["max_tokens"]) == (PROMPTS, SAMPLES, 12)
-    assert 0.2 < start["accuracy"]["low"] < start["accuracy"]["mean"] < start["accuracy"]["high"] < 0.6
+    assert 0.1 < start["accuracy"]["low"] < start["accuracy"]["mean"] < start["accuracy"]["high"] < 0.8
     assert start["pass"]["64"]["mean"] > start["pass"]["2"]["mean"] > start["accuracy"]["mean"]
     assert one["against"]["accuracy_gain"]["mean"] == 0.0
     assert (one["against"]["solved_new"], one["against"]["solved_lost"]) == ([], [])
-    assert two["against"]["accuracy_gain"]["high"] < 0  # 20 % of noise on every weight
-    assert two["against"]["solved_lost"]
+    assert two["against"]["accuracy_gain"]["high"] < 0  # 30 % of noise on every weight leave a tenth of the accuracy
+    assert len(two["against"]["solved_lost"]) > 1
 
     table = pq.read_table(run.evals_dir / start["file"])
     assert table.num_rows == PROMPTS * SAMPLES

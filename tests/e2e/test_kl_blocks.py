@@ -72,13 +72,15 @@ def moved_blocks(step: int) -> list[dict[str, Any]]:
 VOID = block("loss", "k1", 5.0)
 PHASES = {
     "drift": (12, {"placement": "none"}),
-    "void": (6, VOID),
-    "reverse": (18, block("reward", "k1", 5.0, credit="reward_to_go")),
+    "void": (8, VOID),
+    "reverse": (20, block("reward", "k1", 5.0, credit="reward_to_go")),
     "noise": (14, VOID),
-    "forward": (18, block("loss", "k3", 5.0)),
+    "forward": (20, block("loss", "k3", 5.0)),
 }
 """Steps and block; beta 5 drowns the task. k1 in the loss only adds noise, which drifts away from the reference. Adam's
-steps are as long as its learning rate, so a pull ends in a small cloud around the reference and not on it."""
+steps are as long as its learning rate, so a pull ends in a small cloud around the reference and not on it: at a quarter
+to a half of the KL that it began with."""
+PROBE_EVERY = 2
 OWN = """
 from types import SimpleNamespace
 k2 = SimpleNamespace(value=lambda d: d * d / 2, coefficient=lambda d: d)
@@ -109,19 +111,24 @@ def lines(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[dict[st
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(folder)]),
     }
     settings = [*LEAN, f"train.steps={len(blocks)}", "train.responses_per_prompt=8"]
-    settings += ["probes.exact_every=5", f"reference.reset_every={len(control_blocks()) + 10}"]
+    settings += [f"probes.exact_every={PROBE_EVERY}", f"reference.reset_every={len(control_blocks()) + 10}"]
     finish(lab.start("run", QUICK, "--arm", "forward", *settings, **variables), timeout=2100)
     return metrics(lab.folder("quickstart", "forward"))
 
 
 def test_a_large_beta_pulls_back_in_both_right_places_and_k1_in_the_loss_does_not(lines: list[dict[str, Any]]):
-    ends = list(itertools.accumulate(steps for steps, _ in PHASES.values()))
-    kl = [line["kl_ref/k3_response"] for line in lines]
-    mean = {name: sum(kl[end - 3 : end]) / 3 for name, end in zip(PHASES, ends, strict=True)}  # of its last three steps
-    assert mean["void"] > 0.7 * mean["drift"], kl
-    assert mean["reverse"] < 0.6 * mean["void"], kl
-    assert mean["noise"] > 0.7 * mean["reverse"], kl
-    assert mean["forward"] < 0.6 * mean["noise"], kl
+    """By the exact KL, mean of the last three probes of a phase: a sampled one's heavy tail hides a factor of two."""
+    ends = itertools.accumulate(steps for steps, _ in PHASES.values())
+    last = {name: probes(lines[:end])[-3:] for name, end in zip(PHASES, ends, strict=True)}
+    kl = {name: sum(line["kl_ref/exact_token"] for line in each) / 3 for name, each in last.items()}
+    assert kl["void"] > 0.75 * kl["drift"], kl
+    assert kl["reverse"] < 0.75 * kl["void"], kl
+    assert kl["noise"] > 0.75 * kl["reverse"], kl
+    assert kl["forward"] < 0.75 * kl["noise"], kl
+
+
+def probes(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if "kl_ref/exact_token" in line]
 
 
 def test_every_block_of_a_recipe_acts_on_one_live_stack(lines: list[dict[str, Any]]):
@@ -135,7 +142,7 @@ def test_every_block_of_a_recipe_acts_on_one_live_stack(lines: list[dict[str, An
         assert math.isfinite(line["actor/grad_norm"]) and math.isfinite(line["kl/penalty"]), given
         assert ("adaptive_kl/raw_kl" in line) == (estimator not in (None, *EXACT)), given
         assert ("kl/cap_fraction" in line) == ("cap" in given), given
-        assert ("kl_ref/exact_token" in line) == (line["step"] % 5 == 0), given
+        assert ("kl_ref/exact_token" in line) == (line["step"] % PROBE_EVERY == 0), given
         if placement in ("reward", "both") and line["kl_ref/k3_token"] > 1e-6:
             assert line["kl/advantage_share"] > 0, given
 
@@ -153,10 +160,10 @@ def test_every_controller_moves_beta_in_either_place(lines: list[dict[str, Any]]
     assert after["cosine"] == pytest.approx(0.2)  # 0.3 + (0.1 - 0.3) * (1 + cos(pi / 2)) / 2
 
 
-def test_the_exact_kl_is_what_its_estimators_estimate_and_a_reset_makes_it_zero(lines: list[dict[str, Any]]):
-    probed = [line for line in lines if "kl_ref/exact_token" in line]
-    for line in probed:
-        assert line["kl_ref/k3_token"] == pytest.approx(line["kl_ref/exact_token"], rel=0.5, abs=0.02)
+def test_the_sampled_kl_is_the_exact_one_on_average_and_a_reset_makes_it_zero(lines: list[dict[str, Any]]):
+    exact = sum(line["kl_ref/exact_token"] for line in probes(lines))
+    for name in ("k1", "k3"):
+        assert sum(line[f"kl_ref/{name}_token"] for line in probes(lines)) == pytest.approx(exact, rel=0.2)
     moved = len(control_blocks()) + 10
     assert [line["step"] for line in lines if line.get("reference/moved_at")] == [moved]
     assert lines[moved]["kl_ref/k3_token"] == pytest.approx(0.0, abs=1e-5)
