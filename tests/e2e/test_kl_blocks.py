@@ -110,7 +110,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[dict[st
         "VERL_USE_EXTERNAL_MODULES": "switching",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(folder)]),
     }
-    settings = [*LEAN, f"train.steps={len(blocks)}", "train.responses_per_prompt=8"]
+    settings = [*LEAN, f"train.steps={len(blocks)}"]
     settings += [f"probes.exact_every={PROBE_EVERY}", f"reference.reset_every={len(control_blocks()) + 10}"]
     finish(lab.start("run", QUICK, "--arm", "forward", *settings, **variables), timeout=2100)
     return metrics(lab.folder("quickstart", "forward"))
