@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from klreg_verl.arguments import Arm, AsJson, Overrides, RecipePath, RunsDir, Seed, Task
+from klreg_verl.arguments import Arms, AsJson, Overrides, RecipePath, RunsDir, Seeds, Tasks
 from klreg_verl.evaluation.command import eval_command, export_command
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.selection import selected
@@ -57,9 +57,9 @@ def told() -> Iterator[None]:
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
-    arm: Arm = None,
-    task: Task = None,
-    seed: Seed = None,
+    arms: Arms = None,
+    tasks: Tasks = None,
+    seeds: Seeds = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show every setting, start nothing.")
     ] = False,
@@ -74,7 +74,7 @@ def run(
     from launch import preflight
 
     with told():
-        read, specs = selected(recipe, overrides, arm, task, seed)
+        read, specs = selected(recipe, overrides, arms, tasks, seeds)
         root = runs_root(runs_dir)
         platform = preflight.detect_platform(ray_address)
         typer.echo(f"platform: {platform}")
@@ -113,7 +113,7 @@ def plan(
 
     with told():
         _refuse_together({"--show": show, "--as-verl": as_verl, "--csv": as_csv}, {"--gpu": gpu, "--json": as_json})
-        read, specs = selected(recipe, overrides, show or as_verl, None, None)
+        read, specs = selected(recipe, overrides, [show or as_verl] if show or as_verl else None)
         root = runs_root(runs_dir)
         if as_verl:
             typer.echo(_stock_command(specs[0], root))
@@ -434,7 +434,7 @@ def _explain(arm: str, as_json: bool) -> None:
     from klreg_verl import doctor
 
     path, _, name = arm.partition("#")
-    _, specs = selected(Path(path), None, name or None, None, None)
+    _, specs = selected(Path(path), arms=[name] if name else None)
     kl, train = specs[0].kl, specs[0].train
     if as_json:
         typer.echo(json.dumps([doctor.row(doctor.judge_setting(kl, train.policy_aggregation))], indent=2))

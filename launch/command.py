@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from klreg_verl.arguments import Arm, AsJson, Overrides, RecipeOrRun, RecipePath, RunsDir, Seed, Task
+from klreg_verl.arguments import Arms, AsJson, Overrides, RecipeOrRun, RecipePath, RunsDir, Seeds, Tasks
 
 if TYPE_CHECKING:
     from klreg_verl.experiment.plan import RunSpec
@@ -25,9 +25,9 @@ def submit_command(
     recipe: RecipePath,
     profile: ProfileName,
     overrides: Overrides = None,
-    arm: Arm = None,
-    task: Task = None,
-    seed: Seed = None,
+    arms: Arms = None,
+    tasks: Tasks = None,
+    seeds: Seeds = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the script, submit nothing.")] = False,
     runs_dir: RunsDir = None,
 ) -> None:
@@ -36,7 +36,7 @@ def submit_command(
     from klreg_verl.experiment.store import runs_root
     from launch import profile as profiles
 
-    _, specs = selected(recipe, overrides, arm, task, seed)
+    _, specs = selected(recipe, overrides, arms, tasks, seeds)
     _submit(specs, profiles.load(profile), runs_root(runs_dir), dry_run)
 
 
@@ -44,9 +44,9 @@ def retry_command(
     recipe: RecipeOrRun,
     overrides: Overrides = None,
     profile: Annotated[str | None, typer.Option(help="Default: that of the last submission.")] = None,
-    arm: Arm = None,
-    task: Task = None,
-    seed: Seed = None,
+    arms: Arms = None,
+    tasks: Tasks = None,
+    seeds: Seeds = None,
     runs_dir: RunsDir = None,
 ) -> None:
     """Try failed runs again, with a new budget of attempts, where they stopped."""
@@ -54,7 +54,7 @@ def retry_command(
     from launch import budget, preflight
     from launch import profile as profiles
 
-    specs, root = located(recipe, overrides, arm, task, seed, runs_dir)
+    specs, root = located(recipe, overrides, arms, tasks, seeds, runs_dir)
     failed = [spec for spec in specs if run_folder(spec, root).state().status == "failed"]
     if not failed:
         typer.echo("No run has failed.")
@@ -71,15 +71,15 @@ def retry_command(
 def cancel_command(
     recipe: RecipeOrRun,
     overrides: Overrides = None,
-    arm: Arm = None,
-    task: Task = None,
-    seed: Seed = None,
+    arms: Arms = None,
+    tasks: Tasks = None,
+    seeds: Seeds = None,
     runs_dir: RunsDir = None,
 ) -> None:
     """Cancel the jobs of a recipe, or of some of its runs. What was saved stays, and `klreg submit` goes on from it."""
     from launch import slurm
 
-    specs, root = located(recipe, overrides, arm, task, seed, runs_dir)
+    specs, root = located(recipe, overrides, arms, tasks, seeds, runs_dir)
     live = slurm.in_queue(root / specs[0].recipe)
     asked = {spec.run_id for spec in specs}
     names = sorted({element.name for run, element in live.items() if run in asked})
@@ -94,9 +94,9 @@ def cancel_command(
 def logs_command(
     recipe: RecipeOrRun,
     overrides: Overrides = None,
-    arm: Arm = None,
-    task: Task = None,
-    seed: Seed = None,
+    arms: Arms = None,
+    tasks: Tasks = None,
+    seeds: Seeds = None,
     attempt: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
     lines: Annotated[int, typer.Option(help="From the end; 0: all.")] = 40,
     job: Annotated[bool, typer.Option("--job", help="The Slurm job's log instead of the run's.")] = False,
@@ -106,7 +106,7 @@ def logs_command(
     from klreg_verl.experiment.store import run_folder
     from launch import failure
 
-    specs, root = located(recipe, overrides, arm, task, seed, runs_dir)
+    specs, root = located(recipe, overrides, arms, tasks, seeds, runs_dir)
     if len(specs) != 1:
         names = ", ".join(spec.run_id for spec in specs)
         raise ValueError(f"{len(specs)} runs fit: {names}. Name one with --arm, --task and --seed, or by its folder.")
@@ -121,9 +121,9 @@ def logs_command(
 def gc_command(
     recipe: RecipeOrRun,
     overrides: Overrides = None,
-    arm: Arm = None,
-    task: Task = None,
-    seed: Seed = None,
+    arms: Arms = None,
+    tasks: Tasks = None,
+    seeds: Seeds = None,
     optimizer: Annotated[
         bool, typer.Option("--optimizer", help="Also the optimizer's state of done runs, which then end for good.")
     ] = False,
@@ -134,7 +134,7 @@ def gc_command(
     from klreg_verl.experiment.estimate import size
     from launch import gc
 
-    specs, root = located(recipe, overrides, arm, task, seed, runs_dir)
+    specs, root = located(recipe, overrides, arms, tasks, seeds, runs_dir)
     found = gc.find(specs, root, optimizer)
     for waste in found:
         typer.echo(f"{size(waste.bytes):>10}  {waste.path}  ({waste.why})")
@@ -197,14 +197,19 @@ def smoke_command(
 
 
 def located(
-    path: Path, overrides: list[str] | None, arm: str | None, task: str | None, seed: int | None, runs_dir: Path | None
+    path: Path,
+    overrides: list[str] | None,
+    arms: list[str] | None,
+    tasks: list[str] | None,
+    seeds: list[int] | None,
+    runs_dir: Path | None,
 ) -> tuple[list[RunSpec], Path]:
     """The runs that a recipe and its choices, or a run's folder, stand for; and where run folders live."""
     from klreg_verl.experiment.selection import selected
     from klreg_verl.experiment.store import RunFolder, runs_root
 
     if not path.is_dir():
-        return selected(path, overrides, arm, task, seed)[1], runs_root(runs_dir)
+        return selected(path, overrides, arms, tasks, seeds)[1], runs_root(runs_dir)
     spec = RunFolder(path.resolve()).spec()
     if spec is None:
         raise ValueError(f"{path} is no run's folder: it has no spec.json. Give one, or a recipe's YAML file.")

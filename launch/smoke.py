@@ -49,7 +49,7 @@ def make_job(profile: Profile, runs_dir: Path, overrides: Sequence[str]) -> Job:
     count = nodes * gpus
     workers = [f"resources.nodes={nodes}", f"resources.gpus_per_node={gpus}"]
     prompts = [f"train.prompts_per_step={count * -(-8 // count)}"]  # 8 or more, shared equally
-    _, (spec,) = selected(RECIPE, [*workers, *prompts, *_attention(profile), *overrides], None, None, None)
+    _, (spec,) = selected(RECIPE, [*workers, *prompts, *_attention(profile), *overrides])
     first = replace(spec, train=replace(spec.train, steps=FIRST_STEPS))
     job = slurm.make_job([spec], profile, runs_dir)
     return replace(job, tasks=((first, spec),), probe=True)

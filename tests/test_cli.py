@@ -293,6 +293,11 @@ def test_a_dry_run_shows_checks_and_every_setting(klreg: Klreg, study: Path):
     assert result.output.splitlines()[-1] == "1 runs; nothing was started."
 
 
+def test_several_arms_are_one_choice(klreg: Klreg, study: Path):
+    result = klreg("run", study, "--dry-run", "--arm", "reverse", "--arm", "none", "--seed", "2")
+    assert (result.exit_code, result.output.splitlines()[-1]) == (0, "2 runs; nothing was started.")
+
+
 def test_a_run_of_what_is_done_starts_nothing_and_writes_the_report(klreg: Klreg, study: Path):
     for spec in plan.expand(recipe.load(study)):
         folder = RunFolder(study.parent / "runs" / "study" / spec.run_id)
@@ -465,6 +470,7 @@ def test_a_bad_recipe_is_refused_before_anything_starts(
         (["--arm", "nix"], ["there is no arm 'nix'. Known: none, reverse."]),
         (["--task", "nix"], ["there is no task 'nix'. Known: p."]),
         (["--seed", "9"], ["there is no seed 9. Known: 1, 2."]),
+        (["--seed", "1", "--seed", "9"], ["there is no seed 9. Known: 1, 2."]),
     ],
 )
 def test_a_bad_override_or_choice_is_refused(klreg: Klreg, study: Path, arguments: list[str], texts: list[str]):
@@ -705,12 +711,7 @@ def test_data_builders_take_their_own_arguments(klreg: Klreg, tmp_path: Path):
 BLOCKED = """
 import sys
 
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"verl", "ray", "vllm", "transformers", "tensordict", "reasoning_gym", "psutil"}:
-            raise ImportError(f"No module named {name!r}")
-
-sys.meta_path.insert(0, Block())
+sys.modules.update(dict.fromkeys(["verl", "ray", "vllm", "transformers", "tensordict", "reasoning_gym", "psutil"]))
 
 from typer.testing import CliRunner
 from klreg_verl.cli import app

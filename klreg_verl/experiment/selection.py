@@ -1,4 +1,4 @@
-"""The runs that a command is about: a recipe, its overrides, and perhaps one arm, task or seed of it."""
+"""The runs that a command is about: a recipe, its overrides, and perhaps some arms, tasks or seeds of it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,28 @@ from klreg_verl.experiment.recipe import Recipe
 
 
 def selected(
-    path: Path, overrides: Sequence[str] | None, arm: str | None, task: str | None, seed: int | None
+    path: Path,
+    overrides: Sequence[str] | None = None,
+    arms: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> tuple[Recipe, list[RunSpec]]:
-    """The recipe, checked by the doctor too, and those of its runs that were asked for. Raises ValueError."""
+    """The recipe, checked by the doctor too, and those of its runs that were asked for; all where nothing is said.
+
+    Raises ValueError: a bad recipe or override, or a name that it does not have.
+    """
     read = recipes.load(path, overrides or ())
     recipes.check_claims(read)
     specs = plans.expand(read)
-    for name, wanted in (("arm", arm), ("task_name", task), ("seed", seed)):
-        known = list(dict.fromkeys(str(getattr(spec, name)) for spec in specs))
-        if wanted is not None and str(wanted) not in known:
-            raise ValueError(f"{path}: there is no {name.removesuffix('_name')} {wanted!r}. Known: {', '.join(known)}.")
-        specs = [spec for spec in specs if wanted is None or getattr(spec, name) == wanted]
+    for name, wanted in (("arm", arms), ("task_name", tasks), ("seed", seeds)):
+        specs = _those(specs, name, wanted, path) if wanted else specs
     return read, specs
+
+
+def _those(specs: list[RunSpec], name: str, wanted: Sequence[str | int], path: Path) -> list[RunSpec]:
+    known = list(dict.fromkeys(getattr(spec, name) for spec in specs))
+    for one in wanted:
+        if one not in known:
+            kind = name.removesuffix("_name")
+            raise ValueError(f"{path}: there is no {kind} {one!r}. Known: {', '.join(map(str, known))}.")
+    return [spec for spec in specs if getattr(spec, name) in wanted]
