@@ -175,8 +175,8 @@ def _watch(
 ) -> Outcome:
     """Start verl's driver and follow metrics.jsonl until it ends."""
     log = attempt / "log"
-    argv = [sys.executable, "-m", "klreg_verl.verl_hooks.main", *overrides.hydra_arguments(settings)]
-    argv.append(f"hydra.run.dir={attempt / 'hydra'}")
+    arguments = overrides.hydra_arguments({**settings, "hydra.run.dir": attempt / "hydra"})
+    argv = [sys.executable, "-m", "klreg_verl.verl_hooks.main", *arguments]
     try:
         session.start(argv, environment, log)
         end = None

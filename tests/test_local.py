@@ -269,8 +269,7 @@ step(1, 2, 3)
     settings = json.loads((attempt / "verl.json").read_text())
     assert settings == overrides.settings(spec, files, "cpu")
     assert here.argv[:3] == [sys.executable, "-m", "klreg_verl.verl_hooks.main"]
-    assert here.argv[3:-1] == overrides.hydra_arguments(settings)
-    assert here.argv[-1] == f"hydra.run.dir={attempt / 'hydra'}"
+    assert here.argv[3:] == overrides.hydra_arguments({**settings, "hydra.run.dir": attempt / "hydra"})
     card = json.loads(folder.provenance_path.read_text())
     assert "reverse KL" in card["gradient"]
     assert card["platform"] == "cpu"

@@ -163,15 +163,16 @@ def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(
     plain = plain_verl(script, tmp_path / "plain", lab)
 
     finish(own, timeout=1200)
-    lines = metrics(lab.folder("vowels", "forward", "vowels", 3))
+    folder = lab.runs / "vowels" / "forward" / "vowels" / "beta=0.1" / "seed3"
+    lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2]
     assert 0 < lines[0]["train/score"] < 1
     assert lines[0]["kl_ref/k3_token"] > 1e-3  # the reference is not the starting model
     assert "kl_ref_t1/k3_token" not in lines[0]
     assert 0 < lines[1]["kl_ref_t1/k3_token"] < lines[1]["kl_ref/k3_token"]  # at 0.9 the models' logits differ by more
     assert "diversity/coverage" not in lines[0] or lines[0]["diversity/coverage"] is None
-    assert list(lab.folder("vowels", "forward", "vowels", 3).glob("wandb/offline-run-*/run-*.wandb"))
-    actor = lab.folder("vowels", "forward", "vowels", 3) / "checkpoints" / "global_step_2" / "actor"
+    assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    actor = folder / "checkpoints" / "global_step_2" / "actor"
     assert len(list(actor.glob("model*_rank_1.pt"))) == 1  # the model really was sharded over two workers
 
     assert plain.wait(timeout=1200) != 0
