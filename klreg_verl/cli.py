@@ -113,7 +113,7 @@ def plan(
 
     with told():
         _refuse_together({"--show": show, "--as-verl": as_verl, "--csv": as_csv}, {"--gpu": gpu, "--json": as_json})
-        read, specs = selected(recipe, overrides, [show or as_verl] if show or as_verl else None)
+        read, specs = selected(recipe, overrides, [arm] if (arm := show or as_verl) else None)
         root = runs_root(runs_dir)
         if as_verl:
             typer.echo(_stock_command(specs[0], root))
