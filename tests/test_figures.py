@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from run_folders import write_run, write_study
 
-from klreg_verl.analysis import figures
+from klreg_verl.analysis import figures, themes
 from klreg_verl.analysis.runs import load
 from klreg_verl.analysis.summary import group_runs
 
@@ -152,7 +152,7 @@ def test_tick_labels_have_equal_decimals_and_no_power_of_ten_of_their_own(ticks,
 
 def test_png_files_have_the_stated_size(groups, tmp_path):
     # 4.9 x 2.9 inches at 200 dots; 12 x 3.25 inches at 220
-    path = figures.png(figures.drawings(groups)["accuracy"], tmp_path / "accuracy.png", groups)
+    path = figures.png(figures.drawings(groups)["accuracy"], tmp_path / "accuracy.png")
     assert pixels(path) == (980, 580)
     assert pixels(figures.overview(groups, tmp_path / "overview.png")) == (2640, 715)
 
@@ -160,30 +160,103 @@ def test_png_files_have_the_stated_size(groups, tmp_path):
 def test_the_same_runs_give_the_same_bytes(study, tmp_path):
     first = figures.overview(group_runs(load(study)), tmp_path / "first.png").read_bytes()
     assert figures.overview(group_runs(load(study)), tmp_path / "second.png").read_bytes() == first
-    dark = figures.overview(group_runs(load(study)), tmp_path / "dark.png", theme=figures.DARK).read_bytes()
+    dark = figures.overview(group_runs(load(study)), tmp_path / "dark.png", theme=themes.DARK).read_bytes()
     assert dark != first
 
 
 def test_svg_takes_its_colours_from_the_page_and_refers_to_nothing(groups):
-    text = figures.svg(figures.drawings(groups)["kl_k1"], "kl_k1", groups)
+    text = figures.svg(figures.drawings(groups)["kl_k1"], "kl_k1")
     assert text.startswith("<svg viewBox=") and text.endswith("</svg>")
     assert {"var(--ink)", "var(--muted)", "var(--grid)", "var(--arm-0)", "var(--arm-2)"} <= set(
         re.findall(r"var\([^)]*\)", text)
     )
     assert "http" not in text and "#0" not in text.replace('"#', "")
     assert ">reverse</text>" in text
-    assert text == figures.svg(figures.drawings(groups)["kl_k1"], "kl_k1", groups)
+    assert text == figures.svg(figures.drawings(groups)["kl_k1"], "kl_k1")
 
 
-def test_figures_without_data_are_not_offered_nor_is_a_beta_that_is_always_zero(tmp_path):
-    write_run(tmp_path, "none", [{"step": 1, "train/accuracy": 0.5, "kl/beta": 0.0}])
+def test_figures_without_data_are_not_offered_nor_is_a_beta_that_never_moves(tmp_path):
+    steps = [{"step": step, "train/accuracy": 0.5, "kl/beta": 0.1} for step in (1, 2)]
+    write_run(tmp_path, "none", steps)
     assert list(figures.drawings(group_runs(load(tmp_path)))) == ["accuracy"]
+    write_run(tmp_path, "adaptive", [steps[0], steps[1] | {"kl/beta": 0.2}])
+    assert list(figures.drawings(group_runs(load(tmp_path)))) == ["accuracy", "beta"]
 
 
 def test_an_overview_of_partly_recorded_metrics_says_what_is_missing(tmp_path):
     write_run(tmp_path / "runs", "none", [{"step": 1, "train/accuracy": 0.5}])
     path = figures.overview(group_runs(load(tmp_path / "runs")), tmp_path / "overview.png")
     assert pixels(path) == (2640, 715)
+
+
+SKILL = "retention/spell_backward"
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Three betas, two seeds each, and none: accuracy 0.6 - 0.2 beta, 0.1 up and down by seed; the skill loses it."""
+    for seed, off in ((1, 0.1), (2, -0.1)):
+        write_run(tmp_path, "none", [{"step": 1, "train/accuracy": 0.6 + off}], seed=seed)
+        for beta in (0.1, 10.0, 1.0):
+            rows = [
+                {"step": 0, SKILL: 0.9},
+                {"step": 1, "train/accuracy": 0.6 - beta / 50 + off, SKILL: 0.9 - beta / 50},
+            ]
+            write_run(tmp_path, "reverse", rows, seed=seed, grid=(f"beta={beta}",), kl={"beta": beta})
+    return group_runs(load(tmp_path))
+
+
+def test_grid_points_are_shades_of_their_arm_in_the_order_of_beta(sweep):
+    none, *reverse = sweep
+    assert [group.label for group in reverse] == ["reverse · beta=0.1", "reverse · beta=1.0", "reverse · beta=10.0"]
+    assert {group.index for group in reverse} == {1} and [group.shade for group in reverse] == [0.35, 0.675, 1.0]
+    blue = themes.LIGHT.arms[1]  # 00, 72, b2: 35 % of it on white are 166, 206, 228
+    assert themes.color(reverse[0], themes.LIGHT) == "#a6cee4" and themes.color(reverse[2], themes.LIGHT) == blue
+    assert themes.css(reverse[0]) == "color-mix(in srgb, var(--arm-1) 35%, var(--paper))"
+    assert (themes.css(none), themes.css(reverse[2])) == ("var(--arm-0)", "var(--arm-1)")
+
+
+def test_a_sweep_is_drawn_against_beta_and_the_arm_without_one_is_a_level(sweep):
+    accuracy = figures.SWEEP[0]
+    assert figures.has_sweep(sweep, accuracy)
+    axes = figures.against_beta(sweep, accuracy, Figure().add_subplot())
+    path = next(line for line in axes.lines if line.get_linewidth() == 1.9)
+    np.testing.assert_allclose(path.get_xydata(), [[0.1, 0.598], [1.0, 0.58], [10.0, 0.4]])
+    (level,) = [line for line in axes.lines if line.get_linewidth() == 1.3]
+    assert list(level.get_ydata()) == pytest.approx([0.6, 0.6])
+    # two seeds 0.2 apart: a standard deviation of 0.2 / sqrt(2), an error of 0.1
+    errors = next(each for each in axes.collections if len(each.get_paths()) == 3).get_segments()
+    assert errors[0][:, 1] == pytest.approx([0.498, 0.698])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.1", "1", "10"]
+
+
+def test_an_overview_of_a_sweep_is_against_beta_and_has_the_skill_that_was_not_trained(sweep, tmp_path):
+    texts = overview_texts(sweep, tmp_path / "overview.png")
+    assert texts.count("beta") == 2 and "step" not in texts  # accuracy and the skill: the rest was not recorded
+    assert "A skill not trained" in texts and texts.count("none") == texts.count("reverse") == 1
+    assert pixels(figures.overview(sweep, tmp_path / "overview.png")) == (2640, 715)
+    skill = figures.drawings(sweep)["beta_retention"](Figure().add_subplot(), themes.LIGHT)
+    path = next(line for line in skill.lines if line.get_linewidth() == 1.9)
+    assert list(path.get_ydata()) == pytest.approx([-0.002, -0.02, -0.2])
+
+
+def test_two_betas_or_a_beta_of_zero_are_no_sweep(tmp_path):
+    for name, betas in (("two", (0.1, 1.0)), ("zero", (0.0, 0.1, 1.0))):
+        for beta in betas:
+            rows = [{"step": 1, "train/accuracy": 0.5}]
+            write_run(tmp_path / name, "reverse", rows, grid=(f"beta={beta}",), kl={"beta": beta})
+        assert not figures.has_sweep(group_runs(load(tmp_path / name)), figures.SWEEP[0])
+
+
+def test_names_below_an_overview_take_the_rows_that_they_need(tmp_path):
+    for number in range(12):
+        write_run(tmp_path / "runs", f"an_arm_with_a_long_name_{number}", [{"step": 1, "train/accuracy": 0.5}])
+    groups = group_runs(load(tmp_path / "runs"))
+    names = [(group.label, group) for group in groups]
+    rows = figures._in_rows(names, 8.0)  # 26 characters of 0.072 and 0.38 are 2.25 inches: three a row
+    assert [len(row) for row in rows] == [3, 3, 3, 3] and [name for row in rows for name in row] == names
+    width, height = pixels(figures.overview(groups, tmp_path / "overview.png"))
+    assert width == 2640 and height > 715
 
 
 def test_runs_at_one_beta_that_differ_in_something_else_are_joined_to_no_frontier(tmp_path):

@@ -82,7 +82,7 @@ def test_the_page_has_every_section_and_figure(html):
     assert [f'<section id="{anchor}">' for anchor in shown.split()] == re.findall(r'<section id="\w+">', html)
     for anchor in shown.split():
         assert f'<section id="{anchor}">' in html
-    assert html.count("<svg ") == 12  # eight time courses, two of the mismatch, accuracy against KL, the optimum
+    assert html.count("<svg ") == 11  # seven time courses, two of the mismatch, accuracy against KL, the optimum
     assert "3 arms · 1 task · 1 seed · 3 of 3 runs done" in html
     assert "machinery, not evidence" in html
 
@@ -110,10 +110,7 @@ def test_all_files_are_written(written, study):
     ]
     assert [path.relative_to(study / "figures").as_posix() for path in written.figures] == [
         "overview.png",
-        *(
-            f"{name}.png"
-            for name in ("accuracy", "entropy", "kl_k1", "kl_k3", "coverage", "unique_valid", "length", "beta")
-        ),
+        *(f"{name}.png" for name in ("accuracy", "entropy", "kl_k1", "kl_k3", "coverage", "unique_valid", "length")),
         *(f"{name}.png" for name in ("mismatch_k1", "mismatch_max", "kl_accuracy", "optimum")),
     ]
     assert all(path.with_suffix(".pdf").read_bytes()[:5] == b"%PDF-" for path in written.figures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import os
 import re
 import socket
@@ -11,9 +12,11 @@ import sys
 import threading
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from launch.env import setup_cpu
 
@@ -97,6 +100,29 @@ def test_the_stack_fits_verls_own_limits() -> None:
     pinned = dict((normal(line), line.partition("==")[2]) for line in setup_cpu.requirements(CPU_LOCK))
     assert (5, 10, 4) <= tuple(map(int, pinned["transformers"].split("."))) < (5, 11)
     assert (0, 8) <= tuple(map(int, pinned["tensordict"].split("."))) <= (0, 10, 0)
+
+
+def asked_by(package: str, extra: str) -> Iterator[Requirement]:
+    """What a package's extra asks for on Linux, its other extras followed."""
+    for line in importlib.metadata.requires(package) or ():
+        need = Requirement(line)
+        if need.marker is not None and not need.marker.evaluate({"extra": extra}):
+            continue
+        if normal(need.name) == package:
+            for other in need.extras:
+                yield from asked_by(package, other)
+        else:
+            yield need
+
+
+@pytest.mark.parametrize("extra", ["vllm", "fsdp"])
+def test_the_gpu_lock_has_what_verls_extras_ask_for(extra: str) -> None:
+    pinned = dict((normal(line), line.partition("==")[2]) for line in setup_cpu.requirements(GPU_LOCK))
+    pinned["flash-attn"] = "2.8.3"  # a source only, on PyPI: setup_gpu.sh --flash-attn
+    needs = list(asked_by("verl", extra))
+    assert {"torch", "tensordict", "ray"} <= {need.name for need in needs}
+    for need in needs:
+        assert need.specifier.contains(pinned[normal(need.name)]), need
 
 
 # The machine

@@ -5,16 +5,16 @@ centred moving mean whose window the captions state. The band of three or more r
 each smoothed likewise; any other run is a thin line, step by step as recorded. Settings are named at the ends of their
 lines. A run that failed or was interrupted ends in a cross.
 
-Colours: Okabe and Ito (2008), "Color Universal Design", safe for the common colour-vision deficiencies; after them,
-dashed. No figure contains a time or a random identifier: the same runs give the same bytes.
+An arm has one colour (themes.py), its grid points shades of it; from the eighth arm on lines are dashed. No figure
+contains a time or a random identifier: the same runs give the same bytes.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, MaxNLocator
 
-from klreg_verl.analysis import claims, stats
+from klreg_verl.analysis import claims, retention, stats, themes
 from klreg_verl.analysis import frontier as frontiers
 from klreg_verl.analysis.optimum import Achieved
 from klreg_verl.analysis.runs import Run
-from klreg_verl.analysis.summary import ACCURACY, KL_K1, Group
+from klreg_verl.analysis.stats import Estimate
+from klreg_verl.analysis.summary import ACCURACY, KL_K1, Group, final_value
+from klreg_verl.analysis.themes import LIGHT, PAGE, Theme
+from klreg_verl.core.alarms import RETENTION
 from klreg_verl.core.optimum import Prediction
 
 DOTS_PER_INCH = 200
@@ -42,48 +45,15 @@ OVERVIEW_DOTS_PER_INCH = 220
 """The row of four: 2640 x 715 pixels as PNG, twice what a README shows and more."""
 CHARACTER = 0.072
 """Inches of a name's character, about."""
+ROW = 0.2
+"""Inches of a row of names below an overview."""
 LABEL_ROOM = 0.9
 """Inches that names may take at the ends of the lines of one panel of an overview."""
 BLOCK = 10
 """Steps that one dot of the KL-accuracy figure averages."""
 
 
-Draw = Callable[[Axes, "Theme"], Axes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Theme:
-    """Colours as matplotlib takes them."""
-
-    ink: str
-    muted: str
-    grid: str
-    background: str
-    arms: tuple[str, ...]
-
-
-LIGHT = Theme(
-    ink="#1b1f24",
-    muted="#667079",
-    grid="#e4e7ea",
-    background="#ffffff",
-    arms=("#3c434a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
-)
-DARK = Theme(
-    ink="#e6e8ea",
-    muted="#98a1a9",
-    grid="#2b3137",
-    background="#14171a",
-    arms=("#c3cad1", "#56b4e9", "#ff8a4c", "#2fc496", "#e6a3c8", "#f0b93a", "#9db8ff"),
-)
-PAGE = Theme(
-    ink="#010000",
-    muted="#020000",
-    grid="#030000",
-    background="#040000",
-    arms=tuple(f"#0001{index:02x}" for index in range(len(LIGHT.arms))),
-)
-"""Placeholders that ``svg`` replaces by the CSS variables of the page."""
+Draw = Callable[[Axes, Theme], Axes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +66,8 @@ class Panel:
     title: str
     unit: str
     smoothed: bool = True
-    drawn_if_zero: bool = True
-    """Whether a figure in which everything is 0 is worth its place."""
+    drawn_if_constant: bool = True
+    """Whether a figure in which no run ever moves is worth its place."""
     missed: bool = True
     """Whether a report without it says so."""
 
@@ -110,7 +80,9 @@ TIME_COURSES = (
     Panel(key="diversity/coverage", name="coverage", title="Coverage", unit="distinct valid / possible answers"),
     Panel(key="diversity/unique_valid", name="unique_valid", title="Distinct valid answers", unit="answers per prompt"),
     Panel(key="response/length", name="length", title="Response length", unit="tokens"),
-    Panel(key="kl/beta", name="beta", title="Beta", unit="reward units per nat", smoothed=False, drawn_if_zero=False),
+    Panel(
+        key="kl/beta", name="beta", title="Beta", unit="reward units per nat", smoothed=False, drawn_if_constant=False
+    ),
     Panel(key="stock/kl_loss", name="stock_kl_loss", title="KL loss", unit="as verl logs it", missed=False),
     Panel(
         key="stock/kl_reward", name="stock_kl_reward", title="KL in the reward", unit="as verl logs it", missed=False
@@ -143,12 +115,19 @@ FRONTIERS = (
     ),
 )
 """Drawn where an arm was run at several betas."""
+SWEEP = (
+    *(replace(panel, name=f"beta_{panel.name}", unit=panel.unit.split(" of the ")[0]) for panel in OVERVIEW),
+    Panel(key=RETENTION, name="beta_retention", title="A skill not trained", unit="change of its accuracy"),
+)
+"""Drawn where an arm was run at so many betas."""
+SWEPT = 3
 BROKEN_OFF = ("failed", "interrupted")
 BANDED = 3
 """From so many runs on a band shows their spread; fewer are drawn one by one."""
 MOST_POINTS = 300
 """Points of a thin line: a longer one keeps the extremes of each stretch, which look the same at this size."""
 TITLES = {panel.name: panel.title for panel in (*TIME_COURSES, *MISMATCH, *FRONTIERS)} | {
+    **{panel.name: f"{panel.title} against beta" for panel in SWEEP},
     KL_ACCURACY: "Accuracy against KL",
     OPTIMUM: "Predicted optimum and what was achieved",
     "overview": "Accuracy, KL to the reference, entropy and coverage",
@@ -182,7 +161,7 @@ def kl_accuracy(groups: Sequence[Group], axes: Axes, theme: Theme = LIGHT) -> Ax
             _blocks(run.training[KL_K1], run.training[ACCURACY], size) for run in group.final_runs if _has_both(run)
         ]
         for points in runs if len(runs) > 1 else ():
-            axes.plot(points[:, 0], points[:, 1], color=_color(group, theme), linewidth=0.7, alpha=0.35, zorder=1)
+            axes.plot(points[:, 0], points[:, 1], color=themes.color(group, theme), linewidth=0.7, alpha=0.35, zorder=1)
     paths = [(group, _blocks(group.arm_mean(KL_K1), group.arm_mean(ACCURACY), size)) for group in groups]
     ends = [_draw_path(points, group, axes, theme) for group, points in paths if len(points)]
     _frame(axes, "Accuracy against KL", "valid share of the training batch", theme)
@@ -197,23 +176,55 @@ def frontier(groups: Sequence[Group], panel: Panel, axes: Axes, theme: Theme = L
     An arm at several betas: a dot a run, the mean over its seeds at each KL on the lines between a seed's dots, and a
     95 % t band where two seeds or more reach the KL. An arm at one beta: its dots alone.
     """
-    ends = []
-    for members in _by_arm(groups):
-        color = _color(members[0], theme)
-        paths = claims.paths([run for group in members for run in group.runs if run.is_done], panel.key)
-        points = np.array([point for each in paths.values() for point in each], dtype=np.float64).reshape(-1, 2)
-        points = points[np.isfinite(points).all(axis=1)]
-        if not len(points):
-            continue
-        axes.plot(points[:, 0], points[:, 1], "o", color=color, markersize=3, alpha=0.6, zorder=3)
-        last = points[points[:, 0].argmax()]
-        if _is_path(members):
-            last = _draw_frontier(frontiers.frontier(paths), color, _dashes(members[0], theme), axes)
-        ends.append(_End(x=float(last[0]), y=float(last[1]), label=members[0].runs[0].arm, color=color))
+    ends = [_draw_at_kl(members, panel.key, axes, theme) for members in _by_arm(groups)]
     _frame(axes, panel.title, panel.unit, theme)
     _kl_axis(axes, theme)
-    _label_beside(axes, ends)
+    _label_beside(axes, [end for end in ends if end is not None])
     return axes
+
+
+def against_beta(
+    groups: Sequence[Group], panel: Panel, axes: Axes, theme: Theme = LIGHT, *, named: bool = True
+) -> Axes:
+    """``panel.key`` at the end against beta, logarithmic: means of the last ten steps with their standard errors.
+
+    An arm that is no path of betas (none, without a KL term) is a level across, its band the standard error. The
+    retained skills' panel shows the largest loss among them.
+    """
+    members = _by_arm(groups)
+    axes.set_xscale("log")
+    ends = [_draw_sweep(each, panel.key, axes, theme) for each in members if _is_swept(each)]
+    ends += [_draw_level(each[0], panel.key, axes, theme) for each in members if not _is_swept(each)]
+    _frame(axes, panel.title, panel.unit, theme)
+    axes.set_xlabel("beta", color=theme.muted)
+    betas = sorted({_beta(group) for each in members if _is_swept(each) for group in each})
+    axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    axes.minorticks_off()
+    axes.margins(x=0.06, y=0.1)
+    _widen(axes)
+    _label_ends(axes, [end for end in ends if end is not None and named])
+    return axes
+
+
+def has_sweep(groups: Sequence[Group], panel: Panel) -> bool:
+    """Whether an arm differs in beta alone, has the metric at three betas or more, and no beta is 0."""
+    return any(
+        sum(_at_end(group, panel.key).num > 0 for group in members) >= SWEPT
+        for members in _by_arm(groups)
+        if _is_swept(members)
+    )
+
+
+def _is_swept(members: Sequence[Group]) -> bool:
+    return len(members) >= SWEPT and _is_path(members) and all(_beta(group) > 0 for group in members)
+
+
+def _beta(group: Group) -> float:
+    return float(group.runs[0].kl.get("beta") or 0)
+
+
+def _at_end(group: Group, key: str) -> Estimate:
+    return retention.lowest_change(group) if key == RETENTION else final_value(group, key)
 
 
 def has_frontier(groups: Sequence[Group], panel: Panel) -> bool:
@@ -245,12 +256,12 @@ def predicted(rows: Sequence[Achieved], groups: Sequence[Group], axes: Axes, the
     for row in rows:
         if not (np.isfinite(row.kl.mean) and np.isfinite(row.accuracy.mean)):
             continue
-        color, reached = _color(by_label[row.arm], theme), (row.kl.mean, row.accuracy.mean)
+        color, reached = themes.color(by_label[row.arm], theme), (row.kl.mean, row.accuracy.mean)
         errors = [float(np.nan_to_num(each.standard_error)) for each in (row.kl, row.accuracy)]
         axes.errorbar(
             *reached, xerr=errors[0], yerr=errors[1], fmt="o", color=color, markersize=5, linewidth=1, zorder=4
         )
-        ends.append(_End(x=reached[0], y=reached[1], label=row.arm, color=color))
+        ends.append(_End(x=reached[0], y=reached[1], label=row.arm, color=themes.of_arm(by_label[row.arm], theme)))
         if row.prediction is not None:
             _draw_prediction(row.prediction, reached, color, not row.known.is_exact, axes, theme)
     _frame(axes, "Predicted optimum and what was achieved", "valid share · ring predicted, dot achieved", theme)
@@ -284,10 +295,14 @@ def drawings(groups: Sequence[Group], optima: Sequence[Achieved] = ()) -> dict[s
     def at_kl(panel: Panel) -> Draw:
         return lambda axes, theme: frontier(groups, panel, axes, theme)
 
+    def at_beta(panel: Panel) -> Draw:
+        return lambda axes, theme: against_beta(groups, panel, axes, theme)
+
     chosen = {panel.name: course(panel) for panel in (*TIME_COURSES, *MISMATCH) if _worth_drawing(groups, panel)}
     if any(_has_both(run) for group in groups for run in group.final_runs):
         chosen[KL_ACCURACY] = lambda axes, theme: kl_accuracy(groups, axes, theme)
     chosen |= {panel.name: at_kl(panel) for panel in FRONTIERS if has_frontier(groups, panel)}
+    chosen |= {panel.name: at_beta(panel) for panel in SWEEP if has_sweep(groups, panel)}
     mine = [row for row in optima if row.task == groups[0].task] if groups else []
     if any(row.prediction is not None and np.isfinite(row.kl.mean) for row in mine):
         chosen[OPTIMUM] = lambda axes, theme: predicted(mine, groups, axes, theme)
@@ -296,62 +311,107 @@ def drawings(groups: Sequence[Group], optima: Sequence[Achieved] = ()) -> dict[s
 
 def _worth_drawing(groups: Sequence[Group], panel: Panel) -> bool:
     values = [values for group in groups for _, values in group.series(panel.key)]
-    return any(panel.drawn_if_zero or bool((each != 0).any()) for each in values)
+    return any(panel.drawn_if_constant or each.nunique() > 1 for each in values)
 
 
-def png(draw: Draw, path: Path, groups: Sequence[Group], theme: Theme = LIGHT) -> Path:
+def png(draw: Draw, path: Path, theme: Theme = LIGHT) -> Path:
     """One figure of ``PANEL_SIZE`` at ``DOTS_PER_INCH``, and beside it the same as PDF; returns the PNG's path."""
     with matplotlib.rc_context(_style()):
-        figure = _panel_figure(draw, groups, theme)
+        figure = _panel_figure(draw, theme)
         return _save(figure, path)
 
 
-def svg(draw: Draw, name: str, groups: Sequence[Group]) -> str:
+def svg(draw: Draw, name: str) -> str:
     """One figure as an <svg> element for a page: text as text, colours as var(--ink), var(--muted), var(--arm-0) ...
 
     ``name`` must be unique in the page; the identifiers inside are derived from it.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({**_style(), "svg.fonttype": "none", "svg.hashsalt": name}):
-        _panel_figure(draw, groups, PAGE).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        _panel_figure(draw, PAGE).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return _for_page(buffer.getvalue(), name)
 
 
 def overview(groups: Sequence[Group], path: Path, theme: Theme = LIGHT) -> Path:
     """Accuracy, KL, entropy and coverage of one task in a row of ``OVERVIEW_SIZE``; a panel without data says so.
 
-    Names that would take the panels' room at the ends of the lines stand in a row below instead.
+    Over the steps; where an arm was swept over betas, against beta, with the skills that were not trained. Names that
+    would take the panels' room at the ends of the lines stand in rows below instead.
     """
+    swept = [panel for panel in SWEEP if has_sweep(groups, panel)]
     with matplotlib.rc_context(_style()):
-        figure = Figure(figsize=OVERVIEW_SIZE, facecolor=theme.background)
-        named = _label_width(groups) <= LABEL_ROOM
-        label_width = _label_width(groups) if named else 0.1
-        for index, panel in enumerate(OVERVIEW):
-            place = _place(OVERVIEW_SIZE, label_width, index, len(OVERVIEW), bottom=0.66)
-            axes = figure.add_axes(place, facecolor="none")
-            time_course(groups, panel, axes, theme, named=named)
-            if not recorded(groups, panel):
-                axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=theme.muted)
-        if not named:
-            _name_in_a_row(groups, figure, theme)
-        figure.text(0.995, 0.03, _reading(groups), ha="right", color=theme.muted, fontsize=7)
+        figure = _row_of_four(groups, theme) if not swept else _row_against_beta(groups, swept, theme)
         return _save(figure, path, OVERVIEW_DOTS_PER_INCH)
 
 
-def _name_in_a_row(groups: Sequence[Group], figure: Figure, theme: Theme) -> None:
-    """The names at the bottom left, each after a piece of its line."""
-    x, inch = 0.5 / OVERVIEW_SIZE[0], 1 / OVERVIEW_SIZE[0]
-    for group in groups:
-        line = Line2D(
-            [x, x + 0.2 * inch], [0.05] * 2, color=_color(group, theme), linewidth=1.9, linestyle=_dashes(group, theme)
-        )
-        figure.add_artist(line)
-        figure.text(x + 0.26 * inch, 0.03, group.label, color=_color(group, theme), fontweight="bold")
-        x += (0.38 + CHARACTER * len(group.label)) * inch
+def _row_of_four(groups: Sequence[Group], theme: Theme) -> Figure:
+    needed = _label_width(group.label for group in groups)
+    named = needed <= LABEL_ROOM
+    names = [] if named else [(group.label, group) for group in groups]
+    figure, places = _row(len(OVERVIEW), needed if named else 0.1, names, _reading(groups), theme)
+    for place, panel in zip(places, OVERVIEW, strict=True):
+        axes = figure.add_axes(place, facecolor="none")
+        time_course(groups, panel, axes, theme, named=named)
+        if not recorded(groups, panel):
+            axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=theme.muted)
+    return figure
+
+
+def _row_against_beta(groups: Sequence[Group], panels: Sequence[Panel], theme: Theme) -> Figure:
+    names = [(members[0].runs[0].arm, members[-1]) for members in _by_arm(groups)]
+    reading = f"mean of the last ten steps ± standard error over seeds · {_seeds_text(groups)}"
+    figure, places = _row(len(panels), 0.1, names, reading, theme)
+    for place, panel in zip(places, panels, strict=True):
+        against_beta(groups, panel, figure.add_axes(place, facecolor="none"), theme, named=False)
+    return figure
+
+
+def _row(
+    num_panels: int, label_width: float, names: Sequence[tuple[str, Group]], reading: str, theme: Theme
+) -> tuple[Figure, list[tuple[float, float, float, float]]]:
+    """A figure with the names in as many rows as they need and how to read it below; and where its panels go."""
+    rows = _in_rows(names, OVERVIEW_SIZE[0] - 1.0 - 0.055 * len(reading))
+    size = (OVERVIEW_SIZE[0], OVERVIEW_SIZE[1] + ROW * max(0, len(rows) - 1))
+    figure = Figure(figsize=size, facecolor=theme.background)
+    for above, row in enumerate(reversed(rows)):
+        _name_in_a_row(row, (0.1 + ROW * above) / size[1], figure, theme)
+    figure.text(0.995, 0.1 / size[1], reading, ha="right", color=theme.muted, fontsize=7)
+    bottom = 0.66 + ROW * max(0, len(rows) - 1)
+    return figure, [_place(size, label_width, index, num_panels, bottom=bottom) for index in range(num_panels)]
+
+
+def _in_rows(names: Sequence[tuple[str, Group]], room: float) -> list[list[tuple[str, Group]]]:
+    """The names in rows of ``room`` inches."""
+    rows: list[list[tuple[str, Group]]] = []
+    left = 0.0
+    for name, group in names:
+        width = _name_width(name)
+        if not rows or width > left:
+            rows.append([])
+            left = room
+        rows[-1].append((name, group))
+        left -= width
+    return rows
+
+
+def _name_width(name: str) -> float:
+    """Inches of a name and the piece of its line before it."""
+    return 0.38 + CHARACTER * len(name)
+
+
+def _name_in_a_row(names: Sequence[tuple[str, Group]], height: float, figure: Figure, theme: Theme) -> None:
+    """The names from the left at this height [figure fraction], each after a piece of its line."""
+    inch = 1 / OVERVIEW_SIZE[0]
+    x, middle = 0.5 * inch, height + 0.065 / figure.get_figheight()
+    for name, group in names:
+        style = {"linewidth": 1.9, "linestyle": _dashes(group, theme)}
+        figure.add_artist(Line2D([x, x + 0.2 * inch], [middle] * 2, color=themes.color(group, theme), **style))
+        figure.text(x + 0.26 * inch, height, name, color=themes.of_arm(group, theme), fontweight="bold")
+        x += _name_width(name) * inch
 
 
 def _reading(groups: Sequence[Group]) -> str:
-    """How an overview is to be read."""
+    """How an overview over the steps is to be read."""
     counts = [len(group.final_runs) for group in groups]
     told = ["band: ± standard error over seeds"] if max(counts, default=0) >= BANDED else []
     told += ["thin: every step of a run"] if min(counts, default=0) < BANDED else []
@@ -427,17 +487,13 @@ def _style() -> dict[Any, Any]:
     }
 
 
-def _color(group: Group, theme: Theme) -> str:
-    return theme.arms[group.index % len(theme.arms)]
-
-
 def _dashes(group: Group, theme: Theme) -> Any:
     """Solid for the first round of colours, then dashed, then dotted."""
     return ("-", (0, (5, 1.6)), (0, (1.2, 1.4)))[group.index // len(theme.arms) % 3]
 
 
 def _draw_group(group: Group, key: str, window: int, axes: Axes, theme: Theme) -> _End | None:
-    color = _color(group, theme)
+    color = themes.color(group, theme)
     banded = [run for run in group.final_runs if key in run.training and run.status not in BROKEN_OFF]
     banded = banded if len(banded) >= BANDED else []
     inside = {run.run_id for run in banded}
@@ -451,7 +507,7 @@ def _draw_group(group: Group, key: str, window: int, axes: Axes, theme: Theme) -
         smoothed = pd.concat([stats.smooth(run.training[key], window) for run in banded], axis=1)
         error = smoothed.sem(axis=1).reindex(thick.index)
         axes.fill_between(thick.index, thick - error, thick + error, color=color, alpha=0.16, linewidth=0, zorder=1)
-    return _End(x=float(thick.index[-1]), y=float(thick.iloc[-1]), label=group.label, color=color)
+    return _End(x=float(thick.index[-1]), y=float(thick.iloc[-1]), label=group.label, color=themes.of_arm(group, theme))
 
 
 def _draw_runs(series: Sequence[tuple[Run, pd.Series]], color: str, axes: Axes) -> None:
@@ -484,12 +540,62 @@ def _by_arm(groups: Sequence[Group]) -> list[list[Group]]:
     return [[group for group in groups if group.runs[0].arm == arm] for arm in arms]
 
 
+def _draw_at_kl(members: Sequence[Group], key: str, axes: Axes, theme: Theme) -> _End | None:
+    """An arm's dots, in the shades of its grid points, and its frontier if it has one."""
+    color, points = themes.of_arm(members[0], theme), []
+    for group in members:
+        each = [(x, y) for x, y in _points(group, key) if np.isfinite([x, y]).all()]
+        axes.plot(
+            *np.reshape(each, (-1, 2)).T, "o", color=themes.color(group, theme), markersize=3, alpha=0.8, zorder=3
+        )
+        points += each
+    if not points:
+        return None
+    last = max(points)
+    if _is_path(members):
+        paths = claims.paths([run for group in members for run in group.runs if run.is_done], key)
+        last = _draw_frontier(frontiers.frontier(paths), color, _dashes(members[0], theme), axes)
+    return _End(x=float(last[0]), y=float(last[1]), label=members[0].runs[0].arm, color=color)
+
+
+def _points(group: Group, key: str) -> list[frontiers.Point]:
+    """(KL, value) of the group's finished runs."""
+    paths = claims.paths([run for run in group.runs if run.is_done], key)
+    return [point for points in paths.values() for point in points]
+
+
 def _draw_frontier(found: frontiers.Frontier, color: str, dashes: Any, axes: Axes) -> tuple[float, float]:
     """The mean and its band; returns its last point."""
     known = np.isfinite(found.mean)
     axes.plot(found.kl[known], found.mean[known], color=color, linewidth=1.9, linestyle=dashes, zorder=3)
     axes.fill_between(found.kl, found.low, found.high, color=color, alpha=0.16, linewidth=0, zorder=1)
     return float(found.kl[known][-1]), float(found.mean[known][-1])
+
+
+def _draw_sweep(members: Sequence[Group], key: str, axes: Axes, theme: Theme) -> _End | None:
+    """An arm's values over its betas, each with its standard error."""
+    known = [group for group in sorted(members, key=_beta) if _at_end(group, key).num]
+    if not known:
+        return None
+    betas, values = [_beta(group) for group in known], [_at_end(group, key) for group in known]
+    means, errors = [value.mean for value in values], np.nan_to_num([value.standard_error for value in values])
+    color, dashes = themes.of_arm(members[0], theme), _dashes(members[0], theme)
+    axes.errorbar(betas, means, yerr=errors, color=color, linewidth=1.9, linestyle=dashes, elinewidth=1, zorder=3)
+    for group, beta, mean in zip(known, betas, means, strict=True):
+        face = themes.color(group, theme)
+        axes.plot([beta], [mean], "o", markerfacecolor=face, markeredgecolor=color, markersize=4.5, zorder=4)
+    return _End(x=betas[-1], y=means[-1], label=members[0].runs[0].arm, color=color)
+
+
+def _draw_level(group: Group, key: str, axes: Axes, theme: Theme) -> _End | None:
+    """A value that has no beta, all across."""
+    value = _at_end(group, key)
+    if not value.num:
+        return None
+    color, error = themes.of_arm(group, theme), float(np.nan_to_num(value.standard_error))
+    axes.axhline(value.mean, color=color, linewidth=1.3, linestyle=(0, (5, 2)), zorder=2)
+    axes.axhspan(value.mean - error, value.mean + error, color=color, alpha=0.12, linewidth=0, zorder=1)
+    return _End(x=axes.get_xlim()[1], y=value.mean, label=group.runs[0].arm, color=color)
 
 
 def _draw_prediction(
@@ -522,7 +628,7 @@ def _blocks(kl: pd.Series, accuracy: pd.Series, size: int) -> np.ndarray:
 
 
 def _draw_path(points: np.ndarray, group: Group, axes: Axes, theme: Theme) -> _End:
-    color = _color(group, theme)
+    color = themes.color(group, theme)
     axes.plot(points[:, 0], points[:, 1], "o", color=color, markersize=3.4, zorder=3)
     for start, end in zip(points[:-1], points[1:], strict=True):
         arrow = {
@@ -533,7 +639,7 @@ def _draw_path(points: np.ndarray, group: Group, axes: Axes, theme: Theme) -> _E
             "shrinkB": 2.5,
         }
         axes.annotate("", xy=tuple(end), xytext=tuple(start), arrowprops=arrow, zorder=2)
-    return _End(x=float(points[-1, 0]), y=float(points[-1, 1]), label=group.label, color=color)
+    return _End(x=float(points[-1, 0]), y=float(points[-1, 1]), label=group.label, color=themes.of_arm(group, theme))
 
 
 def _frame(axes: Axes, title: str, unit: str, theme: Theme) -> None:
@@ -591,9 +697,9 @@ def _label_places(axes: Axes, ends: Sequence[_End]) -> list[tuple[_End, tuple[fl
     return list(zip(ends, points, places, strict=True))
 
 
-def _label_width(groups: Sequence[Group]) -> float:
-    """Inches that the longest label needs; at most 1.7."""
-    return min(1.7, 0.2 + CHARACTER * max((len(group.label) for group in groups), default=0))
+def _label_width(names: Iterable[str]) -> float:
+    """Inches that the longest name needs; at most 1.7."""
+    return min(1.7, 0.2 + CHARACTER * max(map(len, names), default=0))
 
 
 def _place(
@@ -606,10 +712,12 @@ def _place(
     return (index * column + left) / width, bottom / height, inner, (height - top - bottom) / height
 
 
-def _panel_figure(draw: Draw, groups: Sequence[Group], theme: Theme) -> Figure:
+def _panel_figure(draw: Draw, theme: Theme) -> Figure:
     figure = Figure(figsize=PANEL_SIZE, facecolor=theme.background)
-    axes = figure.add_axes(_place(PANEL_SIZE, _label_width(groups)), facecolor="none")
+    axes = figure.add_axes(_place(PANEL_SIZE, 0.2), facecolor="none")
     draw(axes, theme)
+    names = [text.get_text() for text in axes.texts if text.get_verticalalignment() == "center"]
+    axes.set_position(_place(PANEL_SIZE, _label_width(names)))
     return figure
 
 
@@ -639,8 +747,4 @@ def _for_page(text: str, name: str) -> str:
     text = re.sub(
         r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{name}">', text, count=1
     )
-    variables = {PAGE.ink: "--ink", PAGE.muted: "--muted", PAGE.grid: "--grid", PAGE.background: "--paper"}
-    variables |= {color: f"--arm-{index}" for index, color in enumerate(PAGE.arms)}
-    for color, variable in variables.items():
-        text = text.replace(color, f"var({variable})")
-    return text.strip()
+    return themes.in_page(text).strip()

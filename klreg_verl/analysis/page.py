@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from klreg_verl.analysis import cards, claims, figures, findings, optimum, retention, tables, templates
+from klreg_verl.analysis import cards, claims, figures, findings, optimum, retention, tables, templates, themes
 from klreg_verl.analysis.cards import differing_facts, facts
 from klreg_verl.analysis.runs import Run
 from klreg_verl.analysis.samples import Response, SideBySide, side_by_side
@@ -74,6 +74,7 @@ def _sections(study: Study) -> list[tuple[str, str, str]]:
         ("alarms", "Alarms", _alarms(study)),
         ("summary", "At the end", _summary(study)),
         ("courses", "Over the steps", _courses(study)),
+        ("beta", "Against beta", _sweep(study)),
         ("frontier", "Against KL", _frontier(study)),
         ("diversity", "Diversity", _diversity(study)),
         ("optimum", "Predicted optimum and what was achieved", _optimum(study)),
@@ -93,14 +94,8 @@ def _section(anchor: str, title: str, body: str) -> str:
 
 def _colors() -> str:
     """The theme of the figures as CSS variables, light and dark; paper is always light."""
-    dark = f"@media screen and (prefers-color-scheme: dark) {{\n:root {{ {_variables(figures.DARK)} }}\n}}"
-    return f":root {{ {_variables(figures.LIGHT)} }}\n{dark}"
-
-
-def _variables(theme: figures.Theme) -> str:
-    named = {"ink": theme.ink, "muted": theme.muted, "grid": theme.grid, "paper": theme.background}
-    named |= {f"arm-{index}": color for index, color in enumerate(theme.arms)}
-    return " ".join(f"--{name}: {color};" for name, color in named.items())
+    dark = f"@media screen and (prefers-color-scheme: dark) {{\n:root {{ {themes.variables(themes.DARK)} }}\n}}"
+    return f":root {{ {themes.variables(themes.LIGHT)} }}\n{dark}"
 
 
 def _plural(number: int, noun: str) -> str:
@@ -112,7 +107,7 @@ def _note(text: str) -> str:
 
 
 def _dot(group: Group) -> str:
-    return f'<span class="dot" style="background: var(--arm-{group.index % len(figures.LIGHT.arms)})"></span>'
+    return f'<span class="dot" style="background: {themes.css(group)}"></span>'
 
 
 def _table(head: str, rows: Iterable[str]) -> str:
@@ -220,7 +215,7 @@ def _per_task(study: Study, names: Sequence[str]) -> list[tuple[str, list[str]]]
     for task in study.tasks:
         groups = study.of_task(task)
         drawn = [
-            f"<figure>{figures.svg(draw, f'{task}-{name}', groups)}</figure>"
+            f"<figure>{figures.svg(draw, f'{task}-{name}')}</figure>"
             for name, draw in figures.drawings(groups, study.optima).items()
             if name in names
         ]
@@ -243,6 +238,20 @@ def _not_recorded(study: Study) -> str:
     panels = (*figures.TIME_COURSES, *figures.MISMATCH)
     absent = [panel.title for panel in panels if panel.missed and not figures.recorded(study.groups, panel)]
     return _note(f"Not recorded by any run: {', '.join(absent)}.") if absent else ""
+
+
+def _sweep(study: Study) -> str:
+    shown = _per_task(study, [panel.name for panel in figures.SWEEP])
+    return (
+        _note(AGAINST_BETA) + "".join(_with_heading(study, task, _grid(each)) for task, each in shown) if shown else ""
+    )
+
+
+AGAINST_BETA = (
+    "Means of the last ten steps with their standard errors, over seeds where there are more than one; an arm that has "
+    "no beta is a level across. A retained skill is measured at validations: its change from before training to the "
+    "last one. Equal beta is not equal strength in different estimators and places: see also the figures against KL."
+)
 
 
 def _frontier(study: Study) -> str:

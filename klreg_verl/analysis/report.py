@@ -147,18 +147,13 @@ def _lines(study: Study) -> list[str]:
 def _more_columns(study: Study, shown: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """Cosine, and the lowest change of a retained skill, where any setting has them: heads, and cells a setting."""
     cosines = [study.variety.of(group, "cosine") for group in shown]
-    lost = [_lowest_change(group) for group in shown]
+    lost = [retention.lowest_change(group) for group in shown]
     columns = [(name, each) for name, each in (("Cosine", cosines), ("Retention", lost)) if any(e.num for e in each)]
     texts = [
         [stats.text(value, stats.places(column), sign=name == "Retention") for value in column]
         for name, column in columns
     ]
     return [name for name, _ in columns], [[column[index] for column in texts] for index in range(len(shown))]
-
-
-def _lowest_change(group: Group) -> stats.Estimate:
-    changes = [one.change for _, skills in retention.retained([group]) for one in skills if one.change.num]
-    return min(changes, key=lambda each: each.mean, default=stats.mean_and_error([]))
 
 
 def markdown_text(study: Study, drawn: Sequence[str], written: str = "") -> str:
@@ -207,7 +202,7 @@ def _write_figures(study: Study, folder: Path) -> list[Path]:
         drawings = figures.drawings(groups, study.optima)
         if any(panel.name in drawings for panel in figures.OVERVIEW):
             overviews.append(figures.overview(groups, place / "overview.png"))
-        single += [figures.png(draw, place / f"{name}.png", groups) for name, draw in drawings.items()]
+        single += [figures.png(draw, place / f"{name}.png") for name, draw in drawings.items()]
     _remove_undrawn(study, folder, {*overviews, *single})
     return overviews + single
 

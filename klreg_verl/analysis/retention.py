@@ -77,6 +77,12 @@ def retained(groups: Sequence[Group]) -> list[tuple[Group, list[Retained]]]:
     return [(group, skills) for group, skills in found if skills]
 
 
+def lowest_change(group: Group) -> Estimate:
+    """The change of the skill that lost most; without a skill measured twice, no value."""
+    changes = [one.change for _, skills in retained([group]) for one in skills if one.change.num]
+    return min(changes, key=lambda each: each.mean, default=stats.mean_and_error([]))
+
+
 def retained_cells(skills: Sequence[Retained]) -> list[tuple[str, str, str, str]]:
     """(skill, before, after, change) as text, all with the decimals that the errors allow."""
     places = stats.places([value for one in skills for value in (one.before, one.after, one.change)])

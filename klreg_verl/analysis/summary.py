@@ -62,7 +62,9 @@ class Group:
     label: str
     runs: tuple[Run, ...]
     index: int
-    """Position among the labels of the report; picks the colour, so a setting keeps it on every task."""
+    """Position of the arm in the report; picks the colour, so an arm keeps it on every task."""
+    shade: float = 1.0
+    """How much of the arm's colour a grid point has: from PALEST for the first to 1 for the last."""
 
     @property
     def final_runs(self) -> tuple[Run, ...]:
@@ -95,18 +97,33 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run], arms: Sequence[str] = ()) -> list[Group]:
-    """Groups by task, then in the order of ``arms`` (a recipe's), arms that are not among them last."""
-    rank = {arm: position for position, arm in enumerate(arms)}
-    ordered = sorted(runs, key=lambda run: rank.get(run.arm, len(rank)))
-    labels = list(dict.fromkeys(run.label for run in ordered))
-    tasks = list(dict.fromkeys(run.task for run in ordered))
+    """Groups by task, then in the order of ``arms`` (a recipe's), arms that are not among them last; then by beta."""
+    present = {run.arm for run in runs}
+    shown = [arm for arm in dict.fromkeys([*arms, *(run.arm for run in runs)]) if arm in present]
+    betas = {label: max(_beta(run) for run in runs if run.label == label) for label in {run.label for run in runs}}
+    ordered = sorted(runs, key=lambda run: (shown.index(run.arm), betas[run.label]))
+    points = {arm: list(dict.fromkeys(run.label for run in ordered if run.arm == arm)) for arm in shown}
+    settings = list(dict.fromkeys((run.arm, run.label) for run in ordered))
     groups = []
-    for task in tasks:
-        for label in labels:
+    for task in dict.fromkeys(run.task for run in ordered):
+        for arm, label in settings:
             members = tuple(run for run in ordered if (run.task, run.label) == (task, label))
             if members:
-                groups.append(Group(task=task, label=label, runs=members, index=labels.index(label)))
+                shade = _shade(points[arm].index(label), len(points[arm]))
+                groups.append(Group(task=task, label=label, runs=members, index=shown.index(arm), shade=shade))
     return groups
+
+
+PALEST = 0.35
+
+
+def _shade(position: int, count: int) -> float:
+    return 1.0 if count == 1 else PALEST + (1 - PALEST) * position / (count - 1)
+
+
+def _beta(run: Run) -> float:
+    beta = run.kl.get("beta")
+    return float(beta) if isinstance(beta, int | float) else 0.0
 
 
 def follows(kl: Mapping[str, Any]) -> str:

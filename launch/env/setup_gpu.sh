@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes an environment for CUDA from launch/env/gpu.lock: verl 0.9.1's own pins, as constraints; pip resolves the rest.
+# Makes an environment for CUDA from launch/env/gpu.lock: verl 0.9.1's own pins and what they need, nothing resolved here.
 #
 #   launch/env/setup_gpu.sh                                 .venv-gpu, without flash-attn (see below)
 #   launch/env/setup_gpu.sh --flash-attn WHEEL_OR_URL       with a prebuilt flash-attn 2.8.3
@@ -13,7 +13,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-lock="$root/launch/env/gpu.lock"
+lock="$root/launch/env/gpu.lock" flash_version=2.8.3
 venv="$root/.venv-gpu" python="" flash="" container=no dry=no
 
 refuse() { echo "[setup] cannot go on: $*" >&2; exit 1; }
@@ -65,16 +65,15 @@ else
     run "$found" -m venv "$venv"
     inside="$venv/bin/python"
 fi
-pip=("$inside" -m pip install --no-input --disable-pip-version-check -c "$lock")
+pip=("$inside" -m pip install --no-deps --no-input --disable-pip-version-check)
 
-run "${pip[@]}" "verl[vllm]==0.9.1" reasoning-gym math-verify
+run "${pip[@]}" --requirement "$lock"
 case "$flash" in
     "") say "without flash-attn: recipes need attn_implementation sdpa and use_remove_padding false" ;;
-    build) run env MAX_JOBS="${MAX_JOBS:-8}" "${pip[@]}" --no-build-isolation flash-attn ;;
-    *) run "${pip[@]}" --no-deps "$flash" ;;
+    build) run env MAX_JOBS="${MAX_JOBS:-8}" "${pip[@]}" --no-build-isolation "flash-attn==$flash_version" ;;
+    *) run "${pip[@]}" "$flash" ;;
 esac
-[ -z "$flash" ] || run "${pip[@]}" "verl[vllm,fsdp]==0.9.1"
-run "${pip[@]}" -e "$root" pytest pytest-timeout
+run "${pip[@]}" --no-build-isolation --editable "$root"
 run "$inside" -c 'import torch, transformers, verl, vllm; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
 [ "$container" = yes ] || run "$inside" -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU: is the driver new enough?"; print(torch.cuda.device_count(), "x", torch.cuda.get_device_name())'
 say "ready: ${inside%/python}/klreg"
