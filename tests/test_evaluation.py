@@ -522,3 +522,9 @@ def test_what_cannot_work_is_told_before_a_checkpoint_is_exported(
     subject = Subject(name="c", step=5, path=checkpoint, evals=tmp_path / "evals")
     with pytest.raises(ValueError, match=message):
         run_all([subject], [asked_of(tmp_path, reward=reward)], 1, ks=ks)
+
+
+def test_folders_of_evaluations_are_told_once_each_and_many_are_counted():
+    folders = [Path(f"run{number}/evals") for number in (1, 1, 2, 3, 4)]
+    assert printing.folders(folders) == [f"files: run{number}/evals" for number in (1, 2, 3, 4)]
+    assert printing.folders([*folders, Path("run5/evals")])[-1] == "       and 1 more"

@@ -100,7 +100,7 @@ def eval_command(
         return
     typer.echo("\n\n".join("\n".join(printing.lines(records)) for records in found))
     typer.echo("\n".join(["", *printing.legend(found[0])]))
-    typer.echo("\n".join(["", *dict.fromkeys(f"files: {subject.evals}" for subject in every)]))
+    typer.echo("\n".join(["", *printing.folders(subject.evals for subject in every)]))
 
 
 def with_starts(asked: Sequence[Subject], start: str | None, no_start: bool, out: Path | None) -> list[Subject]:

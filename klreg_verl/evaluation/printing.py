@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from klreg_verl.replay.printing import number, table
@@ -20,6 +21,12 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         f"top_p {one['top_p']:g}, at most {one['max_tokens']} tokens, seed {one['seed']}"
     )
     return [about, "", *table(head, rows), *_warnings(found)]
+
+
+def folders(evals: Iterable[Path], most: int = 4) -> list[str]:
+    """Where the evaluations lie, each folder once; the first few of many and a count."""
+    told = [f"files: {folder}" for folder in dict.fromkeys(evals)]
+    return told if len(told) <= most else [*told[:most], f"       and {len(told) - most} more"]
 
 
 def _row(one: Mapping[str, Any], ks: Sequence[str], found: Sequence[Mapping[str, Any]]) -> list[str]:
