@@ -216,6 +216,10 @@ def test_grid_points_are_shades_of_their_arm_in_the_order_of_beta(sweep):
     assert (themes.css(none), themes.css(reverse[2])) == ("var(--arm-0)", "var(--arm-1)")
 
 
+def test_beside_its_dot_only_the_last_grid_point_of_an_arm_has_its_whole_name(sweep):
+    assert [figures._short_name(group) for group in sweep] == ["none", "0.1", "1.0", "reverse · beta=10.0"]
+
+
 def test_a_sweep_is_drawn_against_beta_and_the_arm_without_one_is_a_level(sweep):
     accuracy = figures.SWEEP[0]
     assert figures.has_sweep(sweep, accuracy)

@@ -47,6 +47,8 @@ CHARACTER = 0.072
 """Inches of a name's character, about."""
 ROW = 0.2
 """Inches of a row of names below an overview."""
+MOST_ROOM = 1.7
+"""Inches that names may take beside a single figure."""
 LABEL_ROOM = 0.9
 """Inches that names may take at the ends of the lines of one panel of an overview."""
 BLOCK = 10
@@ -261,7 +263,8 @@ def predicted(rows: Sequence[Achieved], groups: Sequence[Group], axes: Axes, the
         axes.errorbar(
             *reached, xerr=errors[0], yerr=errors[1], fmt="o", color=color, markersize=5, linewidth=1, zorder=4
         )
-        ends.append(_End(x=reached[0], y=reached[1], label=row.arm, color=themes.of_arm(by_label[row.arm], theme)))
+        name = _short_name(by_label[row.arm])
+        ends.append(_End(x=reached[0], y=reached[1], label=name, color=themes.of_arm(by_label[row.arm], theme)))
         if row.prediction is not None:
             _draw_prediction(row.prediction, reached, color, not row.known.is_exact, axes, theme)
     _frame(axes, "Predicted optimum and what was achieved", "valid share · ring predicted, dot achieved", theme)
@@ -639,7 +642,14 @@ def _draw_path(points: np.ndarray, group: Group, axes: Axes, theme: Theme) -> _E
             "shrinkB": 2.5,
         }
         axes.annotate("", xy=tuple(end), xytext=tuple(start), arrowprops=arrow, zorder=2)
-    return _End(x=float(points[-1, 0]), y=float(points[-1, 1]), label=group.label, color=themes.of_arm(group, theme))
+    return _End(
+        x=float(points[-1, 0]), y=float(points[-1, 1]), label=_short_name(group), color=themes.of_arm(group, theme)
+    )
+
+
+def _short_name(group: Group) -> str:
+    """The last grid point of an arm has its whole name, the others what they differ in: room is short beside dots."""
+    return group.label if group.shade == 1 else group.label.removeprefix(f"{group.runs[0].arm} · ").split("=")[-1]
 
 
 def _frame(axes: Axes, title: str, unit: str, theme: Theme) -> None:
@@ -698,8 +708,8 @@ def _label_places(axes: Axes, ends: Sequence[_End]) -> list[tuple[_End, tuple[fl
 
 
 def _label_width(names: Iterable[str]) -> float:
-    """Inches that the longest name needs; at most 1.7."""
-    return min(1.7, 0.2 + CHARACTER * max(map(len, names), default=0))
+    """Inches that the longest name needs at the ends of lines."""
+    return min(MOST_ROOM, 0.2 + CHARACTER * max(map(len, names), default=0))
 
 
 def _place(
@@ -716,9 +726,16 @@ def _panel_figure(draw: Draw, theme: Theme) -> Figure:
     figure = Figure(figsize=PANEL_SIZE, facecolor=theme.background)
     axes = figure.add_axes(_place(PANEL_SIZE, 0.2), facecolor="none")
     draw(axes, theme)
-    names = [text.get_text() for text in axes.texts if text.get_verticalalignment() == "center"]
-    axes.set_position(_place(PANEL_SIZE, _label_width(names)))
+    axes.set_position(_place(PANEL_SIZE, _room_beside(axes)))
     return figure
+
+
+def _room_beside(axes: Axes) -> float:
+    """Inches that the names need right of the axes; one that stands further left, beside its dot, needs less."""
+    names = [text for text in axes.texts if text.get_verticalalignment() == "center"]
+    least = PANEL_SIZE[0] - 0.5 - MOST_ROOM
+    ends = [CHARACTER * len(name.get_text()) + (name.get_position()[0] - 1.03) * least for name in names]
+    return min(MOST_ROOM, 0.2 + max([0.0, *ends]))
 
 
 def _seeds_text(groups: Sequence[Group]) -> str:
