@@ -244,6 +244,16 @@ def test_an_overview_of_a_sweep_is_against_beta_and_has_the_skill_that_was_not_t
     assert list(path.get_ydata()) == pytest.approx([-0.002, -0.02, -0.2])
 
 
+def test_a_setting_without_a_finished_run_has_no_place_in_a_sweep(tmp_path):
+    for beta in (0.1, 0.3, 1.0, 3.0):
+        status = "running" if beta == 3.0 else "done"
+        rows = [{"step": 1, "train/accuracy": beta / 10}]
+        write_run(tmp_path, "reverse", rows, grid=(f"beta={beta}",), kl={"beta": beta}, status=status)
+    axes = figures.against_beta(group_runs(load(tmp_path)), figures.SWEEP[0], Figure().add_subplot())
+    path = next(line for line in axes.lines if line.get_linewidth() == 1.9)
+    assert list(path.get_xdata()) == [0.1, 0.3, 1.0]
+
+
 def test_two_betas_or_a_beta_of_zero_are_no_sweep(tmp_path):
     for name, betas in (("two", (0.1, 1.0)), ("zero", (0.0, 0.1, 1.0))):
         for beta in betas:

@@ -226,6 +226,9 @@ def _beta(group: Group) -> float:
 
 
 def _at_end(group: Group, key: str) -> Estimate:
+    """The value that finished runs ended at; nothing of a group that has none."""
+    if group.is_interim:
+        return stats.mean_and_error([])
     return retention.lowest_change(group) if key == RETENTION else final_value(group, key)
 
 
