@@ -194,7 +194,7 @@ SKILL = "retention/spell_backward"
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Three betas, two seeds each, and none: accuracy 0.6 - 0.2 beta, 0.1 up and down by seed; the skill loses it."""
+    """Three betas, two seeds each, and none: accuracy 0.6 - beta / 50, by seed 0.1 up or down; the skill likewise."""
     for seed, off in ((1, 0.1), (2, -0.1)):
         write_run(tmp_path, "none", [{"step": 1, "train/accuracy": 0.6 + off}], seed=seed)
         for beta in (0.1, 10.0, 1.0):
@@ -252,6 +252,16 @@ def test_a_setting_without_a_finished_run_has_no_place_in_a_sweep(tmp_path):
     axes = figures.against_beta(group_runs(load(tmp_path)), figures.SWEEP[0], Figure().add_subplot())
     path = next(line for line in axes.lines if line.get_linewidth() == 1.9)
     assert list(path.get_xdata()) == [0.1, 0.3, 1.0]
+
+
+def test_settings_beside_a_sweep_are_a_level_each(sweep, tmp_path):
+    for beta in (0.1, 0.2):
+        row = {"step": 1, "train/accuracy": 0.5 + beta}
+        write_run(tmp_path, "pair", [row], grid=(f"beta={beta}",), kl={"beta": beta})
+    axes = figures.against_beta(group_runs(load(tmp_path)), figures.SWEEP[0], Figure().add_subplot())
+    levels = [line.get_ydata()[0] for line in axes.lines if line.get_linewidth() == 1.3]
+    assert levels == pytest.approx([0.6, 0.6, 0.7])  # none, and the two betas of an arm that is no sweep
+    assert "pair · beta=0.2" in [text.get_text() for text in axes.texts]
 
 
 def test_two_betas_or_a_beta_of_zero_are_no_sweep(tmp_path):

@@ -121,8 +121,9 @@ SWEEP = (
     *(replace(panel, name=f"beta_{panel.name}", unit=panel.unit.split(" of the ")[0]) for panel in OVERVIEW),
     Panel(key=RETENTION, name="beta_retention", title="A skill not trained", unit="change of its accuracy"),
 )
-"""Drawn where an arm was run at so many betas."""
+"""Drawn where an arm was swept over beta."""
 SWEPT = 3
+"""Betas that make a sweep."""
 BROKEN_OFF = ("failed", "interrupted")
 BANDED = 3
 """From so many runs on a band shows their spread; fewer are drawn one by one."""
@@ -190,16 +191,17 @@ def against_beta(
 ) -> Axes:
     """``panel.key`` at the end against beta, logarithmic: means of the last ten steps with their standard errors.
 
-    An arm that is no path of betas (none, without a KL term) is a level across, its band the standard error. The
-    retained skills' panel shows the largest loss among them.
+    What is no path of betas (none, without a KL term) is a level across, its band the standard error. The retained
+    skills' panel shows the one that lost most.
     """
     members = _by_arm(groups)
     axes.set_xscale("log")
     ends = [_draw_sweep(each, panel.key, axes, theme) for each in members if _is_swept(each)]
-    ends += [_draw_level(each[0], panel.key, axes, theme) for each in members if not _is_swept(each)]
+    fixed = [group for each in members if not _is_swept(each) for group in each]
+    ends += [_draw_level(group, panel.key, axes, theme) for group in fixed]
     _frame(axes, panel.title, panel.unit, theme)
     axes.set_xlabel("beta", color=theme.muted)
-    betas = sorted({_beta(group) for each in members if _is_swept(each) for group in each})
+    betas = sorted({group.beta for each in members if _is_swept(each) for group in each})
     axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
     axes.minorticks_off()
     axes.margins(x=0.06, y=0.1)
@@ -218,11 +220,7 @@ def has_sweep(groups: Sequence[Group], panel: Panel) -> bool:
 
 
 def _is_swept(members: Sequence[Group]) -> bool:
-    return len(members) >= SWEPT and _is_path(members) and all(_beta(group) > 0 for group in members)
-
-
-def _beta(group: Group) -> float:
-    return float(group.runs[0].kl.get("beta") or 0)
+    return len(members) >= SWEPT and _is_path(members) and all(group.beta > 0 for group in members)
 
 
 def _at_end(group: Group, key: str) -> Estimate:
@@ -247,7 +245,7 @@ def _ended_with(run: Run, key: str) -> bool:
 
 def _is_path(members: Sequence[Group]) -> bool:
     """Whether the grid points of an arm are as many different betas, so that joining them mixes nothing else."""
-    betas = [group.runs[0].kl.get("beta") for group in members]
+    betas = [group.beta for group in members]
     return len(betas) > 1 and len(set(betas)) == len(betas)
 
 
@@ -364,8 +362,9 @@ def _row_of_four(groups: Sequence[Group], theme: Theme) -> Figure:
 
 
 def _row_against_beta(groups: Sequence[Group], panels: Sequence[Panel], theme: Theme) -> Figure:
-    names = [(members[0].runs[0].arm, members[-1]) for members in _by_arm(groups)]
-    reading = f"mean of the last ten steps ± standard error over seeds · {_seeds_text(groups)}"
+    names = [(members[0].arm, members[-1]) for members in _by_arm(groups)]
+    over = " over seeds" if min(len(group.final_runs) for group in groups) > 1 else ""
+    reading = f"mean of the last ten steps ± standard error{over} · {_seeds_text(groups)}"
     figure, places = _row(len(panels), 0.1, names, reading, theme)
     for place, panel in zip(places, panels, strict=True):
         against_beta(groups, panel, figure.add_axes(place, facecolor="none"), theme, named=False)
@@ -542,8 +541,8 @@ def thinned(values: pd.Series, most: int = MOST_POINTS) -> pd.Series:
 
 def _by_arm(groups: Sequence[Group]) -> list[list[Group]]:
     """The groups of each arm: its grid points."""
-    arms = dict.fromkeys(group.runs[0].arm for group in groups)
-    return [[group for group in groups if group.runs[0].arm == arm] for arm in arms]
+    arms = dict.fromkeys(group.arm for group in groups)
+    return [[group for group in groups if group.arm == arm] for arm in arms]
 
 
 def _draw_at_kl(members: Sequence[Group], key: str, axes: Axes, theme: Theme) -> _End | None:
@@ -561,7 +560,7 @@ def _draw_at_kl(members: Sequence[Group], key: str, axes: Axes, theme: Theme) ->
     if _is_path(members):
         paths = claims.paths([run for group in members for run in group.runs if run.is_done], key)
         last = _draw_frontier(frontiers.frontier(paths), color, _dashes(members[0], theme), axes)
-    return _End(x=float(last[0]), y=float(last[1]), label=members[0].runs[0].arm, color=color)
+    return _End(x=float(last[0]), y=float(last[1]), label=members[0].arm, color=color)
 
 
 def _points(group: Group, key: str) -> list[frontiers.Point]:
@@ -580,17 +579,18 @@ def _draw_frontier(found: frontiers.Frontier, color: str, dashes: Any, axes: Axe
 
 def _draw_sweep(members: Sequence[Group], key: str, axes: Axes, theme: Theme) -> _End | None:
     """An arm's values over its betas, each with its standard error."""
-    known = [group for group in sorted(members, key=_beta) if _at_end(group, key).num]
+    values = [(group, _at_end(group, key)) for group in members]
+    known = [(group, value) for group, value in values if value.num]
     if not known:
         return None
-    betas, values = [_beta(group) for group in known], [_at_end(group, key) for group in known]
-    means, errors = [value.mean for value in values], np.nan_to_num([value.standard_error for value in values])
+    betas, means = [group.beta for group, _ in known], [value.mean for _, value in known]
+    errors = np.nan_to_num([value.standard_error for _, value in known])
     color, dashes = themes.of_arm(members[0], theme), _dashes(members[0], theme)
     axes.errorbar(betas, means, yerr=errors, color=color, linewidth=1.9, linestyle=dashes, elinewidth=1, zorder=3)
-    for group, beta, mean in zip(known, betas, means, strict=True):
+    for group, value in known:
         face = themes.color(group, theme)
-        axes.plot([beta], [mean], "o", markerfacecolor=face, markeredgecolor=color, markersize=4.5, zorder=4)
-    return _End(x=betas[-1], y=means[-1], label=members[0].runs[0].arm, color=color)
+        axes.plot([group.beta], [value.mean], "o", color=color, markerfacecolor=face, markersize=4.5, zorder=4)
+    return _End(x=betas[-1], y=means[-1], label=members[0].arm, color=color)
 
 
 def _draw_level(group: Group, key: str, axes: Axes, theme: Theme) -> _End | None:
@@ -601,7 +601,7 @@ def _draw_level(group: Group, key: str, axes: Axes, theme: Theme) -> _End | None
     color, error = themes.of_arm(group, theme), float(np.nan_to_num(value.standard_error))
     axes.axhline(value.mean, color=color, linewidth=1.3, linestyle=(0, (5, 2)), zorder=2)
     axes.axhspan(value.mean - error, value.mean + error, color=color, alpha=0.12, linewidth=0, zorder=1)
-    return _End(x=axes.get_xlim()[1], y=value.mean, label=group.runs[0].arm, color=color)
+    return _End(x=axes.get_xlim()[1], y=value.mean, label=group.label, color=color)
 
 
 def _draw_prediction(
@@ -652,7 +652,7 @@ def _draw_path(points: np.ndarray, group: Group, axes: Axes, theme: Theme) -> _E
 
 def _short_name(group: Group) -> str:
     """The last grid point of an arm has its whole name, the others what they differ in: room is short beside dots."""
-    return group.label if group.shade == 1 else group.label.removeprefix(f"{group.runs[0].arm} · ").split("=")[-1]
+    return group.label if group.shade == 1 else group.label.removeprefix(f"{group.arm} · ").split("=")[-1]
 
 
 def _frame(axes: Axes, title: str, unit: str, theme: Theme) -> None:

@@ -249,8 +249,9 @@ def _sweep(study: Study) -> str:
 
 AGAINST_BETA = (
     "Means of the last ten steps with their standard errors, over seeds where there are more than one; an arm that has "
-    "no beta is a level across. A retained skill is measured at validations: its change from before training to the "
-    "last one. Equal beta is not equal strength in different estimators and places: see also the figures against KL."
+    "no beta is a level across. A skill that was not trained is measured at validations: its change from before "
+    "training to the last one (of several, the one that lost most). Equal beta is not equal strength in different "
+    "estimators and places: see also the figures against KL."
 )
 
 

@@ -73,6 +73,16 @@ class Group:
         return tuple(run for run in measured if run.is_done) or measured
 
     @property
+    def arm(self) -> str:
+        """The arm that this is a grid point of."""
+        return self.runs[0].arm
+
+    @property
+    def beta(self) -> float:
+        """The KL block's beta; 0 where there is none."""
+        return _beta(self.runs)
+
+    @property
     def is_interim(self) -> bool:
         """Whether no run is finished."""
         return not any(run.is_done and run.last_step for run in self.runs)
@@ -98,20 +108,30 @@ class Group:
 
 def group_runs(runs: Sequence[Run], arms: Sequence[str] = ()) -> list[Group]:
     """Groups by task, then in the order of ``arms`` (a recipe's), arms that are not among them last; then by beta."""
-    present = {run.arm for run in runs}
-    shown = [arm for arm in dict.fromkeys([*arms, *(run.arm for run in runs)]) if arm in present]
-    betas = {label: max(_beta(run) for run in runs if run.label == label) for label in {run.label for run in runs}}
-    ordered = sorted(runs, key=lambda run: (shown.index(run.arm), betas[run.label]))
-    points = {arm: list(dict.fromkeys(run.label for run in ordered if run.arm == arm)) for arm in shown}
-    settings = list(dict.fromkeys((run.arm, run.label) for run in ordered))
+    present = dict.fromkeys(run.arm for run in runs)
+    shown = [arm for arm in dict.fromkeys([*arms, *present]) if arm in present]
+    ordered = sorted(runs, key=lambda run: shown.index(run.arm))
+    points = {arm: _labels([run for run in ordered if run.arm == arm]) for arm in shown}
     groups = []
     for task in dict.fromkeys(run.task for run in ordered):
-        for arm, label in settings:
-            members = tuple(run for run in ordered if (run.task, run.label) == (task, label))
-            if members:
-                shade = _shade(points[arm].index(label), len(points[arm]))
-                groups.append(Group(task=task, label=label, runs=members, index=shown.index(arm), shade=shade))
+        for index, arm in enumerate(shown):
+            for position, label in enumerate(points[arm]):
+                members = tuple(run for run in ordered if (run.task, run.label) == (task, label))
+                shade = _shade(position, len(points[arm]))
+                groups += [Group(task=task, label=label, runs=members, index=index, shade=shade)] if members else []
     return groups
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """The labels of an arm's runs, by beta."""
+    labels = dict.fromkeys(run.label for run in runs)
+    return sorted(labels, key=lambda label: _beta([run for run in runs if run.label == label]))
+
+
+def _beta(runs: Sequence[Run]) -> float:
+    """The beta that runs of one setting share; 0 where none is recorded, or is no number."""
+    betas = [run.kl.get("beta") for run in runs]
+    return max((float(beta) for beta in betas if isinstance(beta, int | float)), default=0.0)
 
 
 PALEST = 0.35
@@ -119,11 +139,6 @@ PALEST = 0.35
 
 def _shade(position: int, count: int) -> float:
     return 1.0 if count == 1 else PALEST + (1 - PALEST) * position / (count - 1)
-
-
-def _beta(run: Run) -> float:
-    beta = run.kl.get("beta")
-    return float(beta) if isinstance(beta, int | float) else 0.0
 
 
 def follows(kl: Mapping[str, Any]) -> str:

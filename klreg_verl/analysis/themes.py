@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.colors import to_hex, to_rgb
 
 from klreg_verl.analysis.summary import Group
@@ -16,8 +17,7 @@ from klreg_verl.analysis.summary import Group
 
 def blended(color: str, background: str, share: float) -> str:
     """``share`` of the colour on the background, both as hex, mixed in sRGB as CSS's color-mix does."""
-    channels = zip(to_rgb(color), to_rgb(background), strict=True)
-    return to_hex([share * above + (1 - share) * below for above, below in channels])
+    return to_hex(tuple(share * np.array(to_rgb(color)) + (1 - share) * np.array(to_rgb(background))))
 
 
 @dataclass(frozen=True, kw_only=True)
