@@ -192,9 +192,9 @@ def against_beta(
     """``panel.key`` at the end against beta, logarithmic: means of the last ten steps with their standard errors.
 
     What is no path of betas (none, without a KL term) is a level across, its band the standard error. The retained
-    skills' panel shows the one that lost most.
+    skills' panel shows the one that lost most. Settings without a finished run have no end yet.
     """
-    members = _by_arm(groups)
+    members = _by_arm(_ended(groups))
     axes.set_xscale("log")
     ends = [_draw_sweep(each, panel.key, axes, theme) for each in members if _is_swept(each)]
     fixed = [group for each in members if not _is_swept(each) for group in each]
@@ -214,9 +214,13 @@ def has_sweep(groups: Sequence[Group], panel: Panel) -> bool:
     """Whether an arm differs in beta alone, has the metric at three betas or more, and no beta is 0."""
     return any(
         sum(_at_end(group, panel.key).num > 0 for group in members) >= SWEPT
-        for members in _by_arm(groups)
+        for members in _by_arm(_ended(groups))
         if _is_swept(members)
     )
+
+
+def _ended(groups: Sequence[Group]) -> list[Group]:
+    return [group for group in groups if not group.is_interim]
 
 
 def _is_swept(members: Sequence[Group]) -> bool:
@@ -224,9 +228,6 @@ def _is_swept(members: Sequence[Group]) -> bool:
 
 
 def _at_end(group: Group, key: str) -> Estimate:
-    """The value that finished runs ended at; nothing of a group that has none."""
-    if group.is_interim:
-        return stats.mean_and_error([])
     return retention.lowest_change(group) if key == RETENTION else final_value(group, key)
 
 
