@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -90,9 +91,9 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="a private Slurm takes half an hour: `make slurm` starts one"))
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Lab]:
-    """Three nodes, so that a job finds two when one is lost."""
+@contextmanager
+def lab_of_three_nodes(accounting: bool = False) -> Iterator[Lab]:
+    """Three nodes, so that a job finds two when one is lost; skips where it cannot be."""
     install()
     if missing():
         pytest.skip(
@@ -101,15 +102,15 @@ def cluster() -> Iterator[Lab]:
     if ROOT.is_relative_to("/tmp") or Path(sys.prefix).is_relative_to("/tmp"):
         pytest.skip(f"every node of the lab has a /tmp of its own, so it sees neither {ROOT} nor {sys.prefix}")
     try:
-        made = Lab(Path(f"/var/tmp/klreg-lab-{os.getpid()}-{time.time_ns() % 10**6}"), 3)
+        made = Lab(Path(f"/var/tmp/klreg-lab-{os.getpid()}-{time.time_ns() % 10**6}"), 3, accounting)
     except RuntimeError as error:
         pytest.skip(f"no cluster can be made here: {error}")
     yield made
     made.close()
 
 
-@pytest.fixture
-def lab(cluster: Lab) -> Iterator[Lab]:
+@contextmanager
+def emptied(cluster: Lab) -> Iterator[Lab]:
     """The cluster with an empty shared folder; no job and no process is left on it."""
     shutil.rmtree(cluster.shared)
     write_study(cluster.shared / "study")
@@ -119,6 +120,20 @@ def lab(cluster: Lab) -> Iterator[Lab]:
     yield cluster
     cluster.run("scancel", "--user", cluster.run("id", "-un").strip(), check=False)
     cluster.until(lambda: not cluster.remains(), "nothing left", 60)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Lab]:
+    """Without accounting: Slurm remembers every job for an hour."""
+    with lab_of_three_nodes() as made:
+        yield made
+
+
+@pytest.fixture
+def lab(cluster: Lab) -> Iterator[Lab]:
+    """It, as nobody has used it."""
+    with emptied(cluster) as clean:
+        yield clean
 
 
 def write_study(folder: Path) -> None:

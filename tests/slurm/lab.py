@@ -15,16 +15,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "unshare", "nsenter", "ip", "pgrep")
+NEEDED_TO_ACCOUNT = ("slurmdbd", "sacctmgr", "sacct", "mariadbd", "mariadb-install-db")
 READY_SECONDS = 60
 
 
 class Lab:
     """A controller, nodes, and a shared folder; commands run on the controller, as on a login node."""
 
-    def __init__(self, base: Path, nodes: int) -> None:
+    def __init__(self, base: Path, nodes: int, accounting: bool = False) -> None:
         self.base, self.shared = base, base / "shared"
         base.mkdir(parents=True)
         command = ["bash", str(Path(__file__).parent / "lab.sh"), str(base), str(nodes)]
+        command += ["accounting"] * accounting
         pipe = subprocess.PIPE
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("KLREG_", "VERL_", "RAY_", "SLURM"))}
         self.process = subprocess.Popen(command, env=kept, stdin=pipe, stdout=pipe, start_new_session=True)

@@ -1,5 +1,6 @@
 #!/bin/bash
-# lab.sh FOLDER NODES: a private Slurm cluster in namespaces of its own; a controller and NODES machines on a bridge.
+# lab.sh FOLDER NODES [accounting]: a private Slurm cluster in namespaces of its own; a controller and NODES machines on a
+# bridge; with `accounting` slurmdbd, too, which demands the account `lab`, while slurmctld soon forgets ended jobs.
 # Each machine has its own network, processes, /tmp, /dev/shm and host name, and eight GPUs that are links to /dev/null.
 # It prints "ready" and lives until its standard input closes; then every process of it is gone with its namespace.
 set -u
@@ -8,7 +9,7 @@ if [ -z "${LAB_INSIDE:-}" ]; then
   [ "$(id -u)" = 0 ] || user="--user --map-current-user --keep-caps"
   exec env LAB_INSIDE=1 unshare $user --net --mount --pid --uts --ipc --fork --kill-child --mount-proc bash "$0" "$@"
 fi
-BASE=$1 NODES=$2 NET=10.77.0
+BASE=$1 NODES=$2 ACCOUNTING=${3:-} NET=10.77.0
 mkdir -p $BASE/{etc,log,state,dev,munge,mrun,shared,home/.ray}
 chmod 700 $BASE/munge; chmod 755 $BASE/mrun
 export SLURM_CONF=$BASE/etc/slurm.conf
@@ -23,6 +24,13 @@ mount --bind $BASE/etc/hosts /etc/hosts
 mount --bind $BASE/etc/nsswitch.conf /etc/nsswitch.conf
 dd if=/dev/urandom of=$BASE/munge/key bs=1024 count=1 status=none; chmod 400 $BASE/munge/key
 for i in $(seq 0 7); do ln -sfn /dev/null $BASE/dev/nvidia$i; done
+storage="AccountingStorageType=accounting_storage/none
+MinJobAge=3600"
+[ -z "$ACCOUNTING" ] || storage="AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=ctl
+AccountingStoragePass=$BASE/mrun/munge.sock
+AccountingStorageEnforce=associations,limits,qos
+MinJobAge=2"
 cat > $BASE/etc/slurm.conf <<C
 ClusterName=lab
 SlurmctldHost=ctl($NET.254)
@@ -43,7 +51,7 @@ TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+$storage
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
@@ -51,7 +59,6 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
 ReturnToService=2
-MinJobAge=3600
 KillWait=15
 SlurmdTimeout=15
 TCPTimeout=2
@@ -65,6 +72,22 @@ echo "AutoDetect=off
 NodeName=node[1-$NODES] Name=gpu File=$BASE/dev/nvidia[0-7]" > $BASE/etc/gres.conf
 munged --key-file=$BASE/munge/key --socket=$BASE/mrun/munge.sock --pid-file=$BASE/mrun/munged.pid \
   --log-file=$BASE/mrun/munged.log --seed-file=$BASE/mrun/munged.seed || exit 90
+database() {
+  db="--no-defaults --socket=$BASE/mrun/db.sock" me=$(id -un)
+  mariadb-install-db --no-defaults --user=$me --datadir=$BASE/db --auth-root-authentication-method=normal --skip-test-db
+  mariadbd $db --user=$me --datadir=$BASE/db --bind-address=127.0.0.1 --port=3307 --pid-file=$BASE/mrun/db.pid &
+  for k in $(seq 300); do mariadb-admin $db -u root ping && break; sleep 0.1; done
+  mariadb $db -u root -e "grant all on *.* to slurm@'127.0.0.1' identified by 'slurm'; grant all on *.* to slurm@localhost identified by 'slurm'"
+  { echo "AuthType=auth/munge"; echo "AuthInfo=socket=$BASE/mrun/munge.sock"; echo "DbdHost=ctl"; echo "SlurmUser=$me"
+    echo "StorageType=accounting_storage/mysql"; echo "StorageHost=127.0.0.1"; echo "StoragePort=3307"; echo "StorageUser=slurm"
+    echo "StoragePass=slurm"; echo "StorageLoc=lab"; echo "PidFile=$BASE/log/slurmdbd.pid"; echo "LogFile=$BASE/log/slurmdbd.log"
+  } > $BASE/etc/slurmdbd.conf
+  chmod 600 $BASE/etc/slurmdbd.conf
+  slurmdbd || return
+  for k in $(seq 300); do sacctmgr -n show cluster && break; sleep 0.1; done
+  sacctmgr -i add cluster lab; sacctmgr -i add account lab cluster=lab; sacctmgr -i add user $me account=lab
+}
+[ -z "$ACCOUNTING" ] || database > $BASE/log/database.log 2>&1 || exit 93
 slurmctld -f $SLURM_CONF || exit 91
 cat > $BASE/node.sh <<'N'
 set -u; i=$1 BASE=$2 NET=$3
