@@ -140,7 +140,7 @@ def place_of(profile: Profile, gpus: int, attempt: Path) -> Place:
     return guardian.Place(
         gpus=gpus,
         object_store_bytes=object_store_bytes(profile),
-        slots=max(guardian.RAY_SLOTS, profile.cpus_per_node),
+        slots=max(guardian.slots_for(gpus), profile.cpus_per_node),
         ports=ports or None,
         scratch=profile.scratch,
         token=str(attempt / TOKEN),

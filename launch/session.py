@@ -142,20 +142,13 @@ def attached_session(address: str, environment: Mapping[str, str]) -> Iterator[A
 
 
 @contextmanager
-def ray_session(
-    gpus: int | None,
-    object_store_bytes: int | None,
-    environment: Mapping[str, str],
-    place: guardian.Place | None = None,
-) -> Iterator[Session]:
-    """Start Ray with `gpus` (logical on a CPU; None: let Ray count them), and end all that was started on leaving.
-
-    `place`: all of it at once, for a head that other nodes join.
+def ray_session(place: guardian.Place, environment: Mapping[str, str]) -> Iterator[Session]:
+    """Start Ray as `place` says, and end all that was started on leaving.
 
     Raises:
         RuntimeError: Ray did not start; its own last lines are in the message.
     """
-    process = _spawn(place or guardian.Place(gpus=gpus, object_store_bytes=object_store_bytes), environment)
+    process = _spawn(place, environment)
     try:
         session = Session(process, "")
         ready = session._receive(guardian.START_SECONDS + 10)

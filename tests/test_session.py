@@ -16,7 +16,7 @@ import pytest
 
 from klreg_verl.experiment.store import RunFolder
 from launch import session as sessions
-from launch.guardian import below
+from launch.guardian import Place, below
 from launch.session import End, Session, attached_session, ray_session
 
 pytestmark = pytest.mark.timeout(180)
@@ -168,11 +168,11 @@ def test_two_rays_side_by_side_with_rays_usual_ports_taken_by_somebody_else(tmp_
         except OSError:
             pass  # somebody else has it, which is as good
     with ExitStack() as stack:
-        first = stack.enter_context(ray_session(1, STORE, os.environ))
+        first = stack.enter_context(ray_session(Place(gpus=1, object_store_bytes=STORE), os.environ))
         held = below(psutil.Process(first._process.pid))
         words = run(first, tmp_path / "1")
         assert words[1:] == ["1.0", first.address]
-        with ray_session(2, STORE, os.environ) as second:
+        with ray_session(Place(gpus=2, object_store_bytes=STORE), os.environ) as second:
             second_held = below(psutil.Process(second._process.pid))
             other = run(second, tmp_path / "2")
             assert other[1:] == ["2.0", second.address]
@@ -190,14 +190,14 @@ def test_two_rays_side_by_side_with_rays_usual_ports_taken_by_somebody_else(tmp_
 @pytest.mark.slow
 def test_ray_that_does_not_start_is_told_in_its_own_words():
     with pytest.raises(RuntimeError, match="(?s)Ray did not start:.*object store"):
-        with ray_session(1, 1, os.environ):
+        with ray_session(Place(gpus=1, object_store_bytes=1), os.environ):
             pytest.fail("Ray started with an object store of one byte")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("process", ["gcs_server", "raylet"])
 def test_a_ray_whose_process_is_killed_ends_the_run_with_that_reason(tmp_path: Path, process: str):
-    with ray_session(1, STORE, os.environ) as session:
+    with ray_session(Place(gpus=1, object_store_bytes=STORE), os.environ) as session:
         session.start([sys.executable, "-c", "import time; time.sleep(100)"], {}, tmp_path / "log")
         assert session.wait(1.0) is None
         next(one for one in below(psutil.Process(session._process.pid)) if one.name() == process).kill()
@@ -208,7 +208,7 @@ def test_a_ray_whose_process_is_killed_ends_the_run_with_that_reason(tmp_path: P
 
 @pytest.mark.slow
 def test_a_run_can_be_ended_with_a_reason(tmp_path: Path):
-    with ray_session(1, STORE, os.environ) as session:
+    with ray_session(Place(gpus=1, object_store_bytes=STORE), os.environ) as session:
         session.start([sys.executable, "-c", "import time; time.sleep(100)"], {}, tmp_path / "log")
         session.end("it stood still")
         assert session.wait(30) == End(-9, "it stood still")
@@ -217,7 +217,7 @@ def test_a_run_can_be_ended_with_a_reason(tmp_path: Path):
 
 @pytest.mark.slow
 def test_after_kill_9_of_the_guardian_ray_is_gone_and_the_next_call_says_so():
-    with ray_session(1, STORE, os.environ) as session:
+    with ray_session(Place(gpus=1, object_store_bytes=STORE), os.environ) as session:
         held = below(psutil.Process(session._process.pid))
         assert any("gcs_server" in process.name() for process in held)
         session._process.kill()

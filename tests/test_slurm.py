@@ -339,3 +339,4 @@ def test_rays_share_of_a_node_is_the_jobs_and_not_the_machines(root: Path, tmp_p
     assert place_of(profile(root, platform="cpu"), 1, tmp_path).object_store_bytes == 256 * 2**20
     assert place_of(profile(root, object_store_gb=2.5), 1, tmp_path).object_store_bytes == 2_500_000_000
     assert place_of(profile(root, cpus_per_node=2), 1, tmp_path).slots == 16  # fewer, and TransferQueue waits for ever
+    assert place_of(profile(root), 8, tmp_path).slots == 3 * 8 + 12  # of the 8 CPUs that the profile asks for

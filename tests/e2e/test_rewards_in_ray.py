@@ -14,7 +14,7 @@ from small_models import write_tokenizer
 from stack import ROOT
 from verl_stack import environment
 
-from launch.guardian import below
+from launch.guardian import Place, below
 from launch.session import End, Session, ray_session
 
 pytestmark = pytest.mark.timeout(600)
@@ -48,7 +48,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("manager", ["naive", "remote"])
 def test_verls_reward_worker_grades_and_leaves_no_process(manager, tokenizer_folder, tmp_path):
-    with ray_session(0, 80 * 2**20, variables()) as session:
+    with ray_session(Place(gpus=0, object_store_bytes=80 * 2**20), variables()) as session:
         grades = graded(session, manager, tokenizer_folder, tmp_path / "log")
         assert [grade["acc"] for grade in grades] == [grade["reward"] for grade in grades] == RIGHT
         assert [grade["timeout"] for grade in grades] == TIMEOUTS
