@@ -28,6 +28,8 @@ found["trainer"] = trainer.__name__
 found["is_verls"] = issubclass(trainer, PPOTrainerSync)
 found["advantages"] = sorted(name for name in core_algos.ADV_ESTIMATOR_REGISTRY if name.startswith("klreg_"))
 found["variables"] = {k: v for k, v in get_ppo_ray_runtime_env(None)["env_vars"].items()}
+from verl.utils import torch_functional
+found["logprobs"] = torch_functional.logprobs_from_logits_v2.__module__
 found["platforms"] = list(PlatformRegistry.registered_names())
 found["platform"] = type(get_platform()).__name__
 if "KLREG_SESSION_DIR" in os.environ:
@@ -99,8 +101,13 @@ def test_weights_travel_in_the_sessions_own_folder(active: dict[str, Any]):
     assert active["sockets"] == ["ipc:///tmp/klreg-s/rl-colocate-zmq-1.sock"] * 2
 
 
+def test_log_probabilities_are_taken_in_blocks_where_flash_attn_is_missing(active: dict[str, Any]):
+    assert active["logprobs"] == "klreg_verl.core.logprobs"
+
+
 def test_without_our_variables_nothing_of_verl_is_touched():
     plain = look()
+    assert plain["logprobs"] == "verl.utils.torch_functional"
     assert (plain["trainer"], plain["advantages"], plain["finders"]) == ("PPOTrainerSync", [], [])
     assert "cpu" not in plain["platforms"]
     assert not any(name.startswith(("KLREG", "WANDB", "TENSORBOARD")) for name in plain["variables"])

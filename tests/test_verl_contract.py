@@ -21,8 +21,10 @@ import torch
 from omegaconf import OmegaConf
 from verl_stack import FILES, FORWARD, REVERSE, compose, import_verl, need_stack, spec
 
+from klreg_verl.core import logprobs
 from klreg_verl.experiment.settings import KLSpec, LoggingSpec, TaskSpec, TrainSpec
 from klreg_verl.verl_hooks import checkpoints, names, overrides
+from launch import guardian
 
 HOOKS = Path(overrides.__file__).parent
 
@@ -50,6 +52,7 @@ class Touch:
 BASE, SYNC = "verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.v1.trainer_sync"
 AGENT, VLLM_ROLLOUT = "verl.experimental.agent_loop", "verl.workers.rollout.vllm_rollout"
 SERVER = "verl.workers.rollout.llm_server:LLMServerClient"
+FUNCTIONAL = "verl.utils.torch_functional"
 WORKERS, FSDP = "verl.workers.engine_workers", "verl.workers.engine.fsdp"
 MICRO_BATCH = ("model_output", "data", "dp_group")
 STEP = ("batch", "metrics")
@@ -116,8 +119,13 @@ TOUCHES = [
         ("verl.trainer.ppo.core_algos:register_adv_est", "registers our advantages", "name_or_enum"),
         (f"{VLLM_ROLLOUT}.bucketed_weight_transfer:BucketedWeightSender.__init__", "opens a socket", "zmq_handle"),
         (f"{VLLM_ROLLOUT}.bucketed_weight_transfer:BucketedWeightReceiver.__init__", "opens a socket", "zmq_handle"),
+        (f"{FUNCTIONAL}:logprobs_from_logits_v2", "is replaced where flash-attn's is missing", "logits", "labels"),
     ),
-    *touches("main.py", ("verl.trainer.main_ppo:main", "is verl's command")),
+    *touches(
+        "main.py",
+        ("verl.trainer.main_ppo:main", "is verl's command"),
+        ("verl.plugin.platform:get_platform", "names the device in the log"),
+    ),
     *touches("overrides.py", ("vllm.v1.executor.uniproc_executor:UniProcExecutor", "is vLLM's only process on a CPU")),
     *touches(
         "sampling.py",
@@ -371,6 +379,30 @@ def test_a_reference_with_coefficient_zero_is_loaded():
         }
     )
     assert need(config), "trainer.prepare loads the reference by use_kl_loss with coefficient 0"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_a_node_has_the_slots_that_verls_actors_wait_for(workers: int):
+    pool = importlib.import_module("verl.single_controller.ray.base").ResourcePoolManager
+    units = compose().transfer_queue.backend.SimpleStorage.num_data_storage_units
+    assert (pool.max_colocate_count, units) == (3, 8)
+    assert (
+        guardian.slots_for(workers) > pool.max_colocate_count * workers + units + 1
+    )  # with the controller, and one free
+
+
+def test_log_probabilities_in_blocks_are_verls():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(40, 300, generator=generator).requires_grad_()
+    tokens, upstream = torch.randint(0, 300, (40,), generator=generator), torch.randn(40, generator=generator)
+    verls = resolve(f"{FUNCTIONAL}:logprobs_from_logits_v2")
+    assert verls is not logprobs.of_tokens and "logprobs_from_logits_v2(logits, labels)" in source(
+        f"{FUNCTIONAL}:logprobs_from_logits"
+    )
+    ours, theirs = (function(logits, tokens) for function in (logprobs.of_tokens, verls))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+    gradients = [torch.autograd.grad(values, logits, upstream)[0] for values in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
 
 
 def test_the_replay_buffer_sleeps_for_poll_interval():

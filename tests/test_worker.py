@@ -25,6 +25,7 @@ from torch import Tensor
 from verl_stack import import_verl, need_stack, run_workers
 
 from klreg_verl.core import exact as core
+from klreg_verl.core import logprobs
 from klreg_verl.experiment.kl_settings import KLSpec, ReferenceSpec
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test waits for three processes
@@ -371,7 +372,7 @@ def test_chunks_of_tokens_change_nothing(monkeypatch: pytest.MonkeyPatch):
     weights = torch.randn(5, generator=draw)
     results = []
     for elements in (1 << 26, 14, 1):  # all 5 tokens at once, by 2, by 1
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(logprobs, "BLOCK_ELEMENTS", elements)
         leaf = policy.clone().requires_grad_()
         values = module.per_token(core.full_forward, leaf, reference)
         (values * weights).sum().backward()

@@ -20,14 +20,12 @@ from verl.utils.tensordict_utils import assign_non_tensor
 
 from klreg_verl.core import exact
 from klreg_verl.core.exact import Divergence
+from klreg_verl.core.logprobs import blocks
 from klreg_verl.experiment.recipe import KLSpec
 from klreg_verl.verl_hooks import names, terms
 
 if TYPE_CHECKING:
     from verl.workers.engine.fsdp import FSDPEngine
-
-CHUNK_ELEMENTS = 1 << 26
-"""Logits worked on at a time: float32 temporaries of 256 MiB each, 441 tokens of a vocabulary of 152,000."""
 
 Loss = Callable[..., tuple[Tensor, dict[str, Any]]]
 
@@ -99,7 +97,7 @@ class _PerToken(torch.autograd.Function):
         gradient = torch.empty_like(logits) if wanted else None
         values = [
             _values(divergence, logits[rows], ref_logits[rows], None if gradient is None else gradient[rows])
-            for rows in _chunks(*logits.shape)
+            for rows in blocks(*logits.shape)
         ]
         if wanted:
             ctx.save_for_backward(gradient)
@@ -108,12 +106,10 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.unsqueeze(-1).to(gradient.dtype), None, None
-
-
-def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+        scaled = torch.empty_like(gradient)
+        for rows in blocks(*gradient.shape):
+            scaled[rows] = gradient[rows] * upstream[rows].unsqueeze(-1)  # beta is in upstream, unrounded
+        return scaled, None, None
 
 
 def _values(divergence: Divergence, logits: Tensor, ref_logits: Tensor, gradient: Tensor | None) -> Tensor:

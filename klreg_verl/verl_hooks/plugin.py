@@ -37,6 +37,7 @@ def activate() -> None:
         after_import("verl.trainer.constants_ppo", _forward_environment)
         after_import("verl.trainer.ppo.core_algos", _register_advantages)
         after_import("verl.trainer.ppo.v1.trainer_sync", _replace_sync_trainer)
+        after_import("verl.utils.torch_functional", _logprobs_in_blocks)
 
 
 def _forward_environment(module: ModuleType) -> None:
@@ -49,6 +50,14 @@ def _forward_environment(module: ModuleType) -> None:
         return runtime_env
 
     module.get_ppo_ray_runtime_env = with_ours
+
+
+def _logprobs_in_blocks(module: ModuleType) -> None:
+    """Without flash-attn verl takes each token's log-probability by itself, in a loop in Python, and keeps a float32
+    row of the vocabulary for each until the backward pass. The same numbers, some hundred rows at a time."""
+    from klreg_verl.core import logprobs
+
+    module.logprobs_from_logits_v2 = logprobs.of_tokens
 
 
 def _own_sockets(module: ModuleType) -> None:
