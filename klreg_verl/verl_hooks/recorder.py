@@ -56,12 +56,14 @@ class Recorder:
             checkpoints.prune(self.folder.checkpoints_dir, self.spec.save.keep)
             self._unmarked = None
 
+    def wants_samples(self, step: int) -> bool:
+        """Whether the recipe asks for this step's samples."""
+        every = self.spec.samples.every
+        return bool(every) and (step - 1) % every == 0
+
     def write_samples(self, step: int, columns: dict[str, list[Any]]) -> None:
-        """samples/step_<n>.parquet, as often and as many prompts as the recipe asks for."""
-        policy = self.spec.samples
-        if not policy.every or (step - 1) % policy.every:
-            return
-        table = pa.table(columns)
+        """samples/step_<n>.parquet, of as many prompts as the recipe asks for."""
+        policy, table = self.spec.samples, pa.table(columns)
         if policy.prompts is not None:
             numbered = sorted(set(columns["group"]), key=lambda group: (len(group), group))  # 9 before 10
             table = table.filter(pa.array([group in numbered[: policy.prompts] for group in columns["group"]]))

@@ -176,6 +176,8 @@ def local_shards(module: torch.nn.Module) -> dict[str, Tensor]:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()  # FSDP may leave it whole after a forward pass, and would go on using that copy
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # verl's offloading leaves copies to the host under way
     return {name: _local(parameter) for name, parameter in module.named_parameters()}
 
 

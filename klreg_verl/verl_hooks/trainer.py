@@ -184,7 +184,7 @@ class KLRegTrainer(PPOTrainerSync):
         metrics.update(measure.of_verls(metrics, self.kl, self.beta.now))
         metrics.update(reference_samples.logged(metrics, self.beta.now))
         metrics.update(self.watch.check(self.global_steps, metrics))
-        if self.recorder is not None:
+        if self.recorder is not None and self.recorder.wants_samples(self.global_steps):
             columns = measure.samples_columns(sampled, self.global_steps, self._row_of(), self.tokenizer.decode)
             self.recorder.write_samples(self.global_steps, columns)
 
