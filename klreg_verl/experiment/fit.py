@@ -1,23 +1,30 @@
 """Whether a run fits its GPUs, and what it costs, before it is launched: arithmetic whose every part can be read.
 
-verl trains and samples on the same GPUs in turn, so there are two peaks:
+verl trains and samples on the same GPUs in turn, so there are three peaks; the first two are called training:
 
-    training   weights, gradients and Adam's moments in float32, shared by all GPUs (FSDP2)
-               + the weights gathered in bfloat16 for the layer at work + activations (one input per layer is kept, one
-               layer at a time is recomputed) + logits of a micro-batch + what never goes away (CUDA contexts, NCCL)
+    log-probs  weights and moments + the weights gathered in bfloat16 for the layer at work + the logits of a
+               micro-batch and what their entropy takes, without a gradient
+    update     weights, gradients and Adam's moments in float32, shared by all GPUs (FSDP2) + gathered weights
+               + one input per layer + the larger of the logits and of one recomputed layer, which never coincide
     rollout    weights and moments (unless offloaded) + vLLM's share of the GPU, gpu_memory_utilization, in which lie
                its own bfloat16 weights, its workspace, and the key-value cache: the rest
 
-The frozen reference lies in the host's memory (verl offloads it under FSDP2) and passes through the GPU layer by layer.
+What never goes away (CUDA contexts, NCCL) is in all three. The frozen reference lies in the host's memory (verl
+offloads it under FSDP2) and passes through the GPU layer by layer. What a recipe sets under `verl:` and the arithmetic
+does not count is named.
 
 A step's time is that of measured steps where there are any: the run's own, or another layout's, scaled by the ratio of
-the two layouts' arithmetic. Else it is arithmetic alone, with every response as long as it may be: a ceiling in length,
-with assumed efficiencies that MEASURED_ON says nothing about yet.
+the two layouts' arithmetic. Else it is arithmetic alone, with assumed efficiencies and every response as long as it may
+be, and good to about a factor of two: no step of a GPU has been measured yet.
+
+Line numbers are verl 0.9.1's, workers/engine/fsdp/transformer_impl.py; what its functions hold was measured, too, with
+the CPU's allocator (tests/test_fit.py does it again).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -44,11 +51,39 @@ VERL_UTILIZATION, VERL_SEQUENCES = 0.5, 256
 """verl 0.9.1's rollout.gpu_memory_utilization and rollout.max_num_seqs."""
 PACKED_TOKENS = 16384
 """Of a micro-batch packed by tokens, at the least."""
-_ROLLOUT = "actor_rollout_ref.rollout"
-_ACTOR_FSDP = "actor_rollout_ref.actor.fsdp_config"
-_MODEL = "actor_rollout_ref.model"
+LOGIT_BYTES = 2
+"""Of one logit, of policy and reference, and of its gradient: bfloat16, as the output head gives it under autocast."""
+BLOCK_ELEMENTS = 1 << 26
+"""Logits that core/logprobs.py works on at a time; the test of both keeps them equal."""
+_ACTOR, _REF, _ROLLOUT, _MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "rollout", "model"))
+_ACTOR_FSDP, _REF_FSDP = f"{_ACTOR}.fsdp_config", f"{_REF}.fsdp_config"
 
-Phase = Literal["training", "rollout", "both"]
+NOT_COUNTED: Mapping[str, tuple[Any, ...]] = {
+    f"{_MODEL}.use_fused_kernels": (False,),
+    f"{_MODEL}.lora_rank": (0,),
+    f"{_MODEL}.lora_adapter_path": (None,),
+    f"{_MODEL}.enable_activation_offload": (False,),
+    f"{_ACTOR}.strategy": ("fsdp2",),
+    f"{_ACTOR}.ulysses_sequence_parallel_size": (1,),
+    f"{_ACTOR}.calculate_entropy": (False,),
+    f"{_ACTOR}.entropy_coeff": (0,),
+    f"{_ACTOR}.entropy_from_logits_with_chunking": (False,),
+    f"{_ACTOR}.optim.optimizer": ("AdamW",),
+    f"{_ACTOR_FSDP}.ulysses_sequence_parallel_size": (1,),
+    f"{_ACTOR_FSDP}.entropy_from_logits_with_chunking": (False,),
+    f"{_ACTOR_FSDP}.reshard_after_forward": (True,),
+    f"{_ACTOR_FSDP}.mixed_precision": (None,),
+    f"{_ROLLOUT}.dtype": ("bfloat16",),
+    f"{_ROLLOUT}.quantization": (None,),
+    f"{_ROLLOUT}.max_num_batched_tokens": (8192,),
+    f"{_ROLLOUT}.data_parallel_size": (1,),
+    f"{_ROLLOUT}.pipeline_model_parallel_size": (1,),
+    f"{_ROLLOUT}.log_prob_max_token_len_per_gpu": (),
+}
+"""verl's keys that change memory in a way that is not counted here, and the values at which they do not."""
+
+Phase = Literal["log-probs", "update", "training", "rollout", "both"]
+"""Training is log-probs and update; both is training and rollout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +163,7 @@ class Fit:
     resources: ResourcesSpec
     parts: tuple[Part, ...]
     host_bytes: int
-    """Pinned, per node: the reference."""
+    """Per node: the reference, pinned, and what verl keeps there of the actor."""
     kv_tokens: int
     """That an engine's cache holds."""
     sequences: int
@@ -141,14 +176,16 @@ class Fit:
     """Of all steps of this run."""
     problems: tuple[str, ...]
     """Why it cannot run so; empty where it fits."""
+    uncounted: tuple[str, ...] = ()
+    """Keys of the recipe's `verl:` block that change memory and are not in these numbers, `key=value`."""
 
     @property
     def training_bytes(self) -> int:
-        return _peak(self.parts, "training")
+        return _peak(_training(self.parts))
 
     @property
     def rollout_bytes(self) -> int:
-        return _peak(self.parts, "rollout")
+        return _peak(_during(self.parts, "rollout"))
 
     @property
     def fits(self) -> bool:
@@ -160,8 +197,19 @@ class Fit:
         return {**asdict(self), "parameters": self.model.parameters, **derived}
 
 
-def _peak(parts: Sequence[Part], phase: Phase) -> int:
-    return sum(part.bytes for part in parts if part.phase in (phase, "both"))
+def _during(parts: Sequence[Part], phase: Phase) -> list[Part]:
+    """What is there in log-probs, update or rollout."""
+    wider = ("both",) if phase == "rollout" else ("training", "both")
+    return [part for part in parts if part.phase in (phase, *wider)]
+
+
+def _training(parts: Sequence[Part]) -> list[Part]:
+    """What is there at training's peak."""
+    return max(_during(parts, "log-probs"), _during(parts, "update"), key=_peak)
+
+
+def _peak(parts: Sequence[Part]) -> int:
+    return sum(part.bytes for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,16 +234,15 @@ def fit(spec: RunSpec, model: Architecture, gpu: GPU, measured: Sequence[Measure
         measured: runs of the same recipe that have done steps on such GPUs.
     """
     parts = memory(spec, model, gpu)
-    share = utilization(spec) * gpu.memory_bytes
-    kv = max(0, int(share) - _vllm_weights(spec, model) - VLLM_WORKSPACE_BYTES)
-    kv_tokens = kv * spec.resources.tensor_parallel // model.kv_bytes
+    kv = max(0, _cache_bytes(spec, model, gpu))
+    kv_tokens = kv // kv_bytes(spec, model)
     time = step_time(spec, model, gpu, measured)
     return Fit(
         model=model,
         gpu=gpu,
         resources=spec.resources,
         parts=parts,
-        host_bytes=4 * model.parameters * spec.resources.gpus_per_node // spec.resources.world_size,
+        host_bytes=host_bytes(spec, model),
         kv_tokens=kv_tokens,
         sequences=min(_max_sequences(spec), kv_tokens // _longest(spec)),
         tokens_per_step=_responses(spec) * _longest(spec),
@@ -203,6 +250,7 @@ def fit(spec: RunSpec, model: Architecture, gpu: GPU, measured: Sequence[Measure
         time=time,
         gpu_hours=time.seconds * spec.train.steps * spec.resources.world_size / 3600,
         problems=tuple(_problems(spec, gpu, model, parts, kv, kv_tokens)),
+        uncounted=uncounted(spec),
     )
 
 
@@ -212,78 +260,225 @@ def memory(spec: RunSpec, model: Architecture, gpu: GPU) -> tuple[Part, ...]:
 
 
 def _trainer(spec: RunSpec, model: Architecture) -> list[Part]:
-    """float32 weights 4 B, gradients 4 B, Adam's two moments 8 B per parameter, over all GPUs."""
-    share = -(-model.parameters // spec.resources.world_size)
-    weights: Phase = "training" if _said(spec, f"{_ACTOR_FSDP}.param_offload", False) else "both"
-    moments: Phase = "training" if _said(spec, f"{_ACTOR_FSDP}.optimizer_offload", False) else "both"
+    """Weights, gradients and Adam's two moments, each in the model's dtype, float32 unless said, over FSDP's group."""
+    size = _weight_bytes(spec, _ACTOR_FSDP)
+    share, dtype = size * -(-model.parameters // _group(spec, _ACTOR_FSDP)), "float32" if size == 4 else "bfloat16"
+    weights: Phase = "training" if _is_set(spec, f"{_ACTOR_FSDP}.param_offload") else "both"
+    moments: Phase = "training" if _is_set(spec, f"{_ACTOR_FSDP}.optimizer_offload") else "both"
+    here = 0 if _is_set(spec, f"{_ACTOR_FSDP}.offload_policy") else 1
     return [
-        Part(role="actor", what="weights (float32)", phase=weights, bytes=4 * share),
-        Part(role="actor", what="gradients (float32)", phase="training", bytes=4 * share),
-        Part(role="actor", what="Adam's moments (float32)", phase=moments, bytes=8 * share),
+        Part(role="actor", what=f"weights ({dtype})", phase=weights, bytes=here * share),
+        Part(role="actor", what=f"gradients ({dtype})", phase="update", bytes=here * share),
+        Part(role="actor", what=f"Adam's moments ({dtype})", phase=moments, bytes=here * 2 * share),
+        Part(role="actor", what="gradients not yet shared out", phase="update", bytes=_unsynced(spec, model)),
     ]
 
 
+def _weight_bytes(spec: RunSpec, engine: str) -> int:
+    """Of one stored weight; verl's model_dtype is fp32, and of a reference where it is null bf16 (line 260)."""
+    said = _said(spec, f"{engine}.model_dtype", "fp32")
+    half = ("bf16", "bfloat16", "fp16", "float16", "16")
+    return 2 if str(said) in half or (said is None and engine == _REF_FSDP) else 4
+
+
+def _group(spec: RunSpec, engine: str) -> int:
+    """GPUs over which weights are shared: fsdp_size, else all."""
+    size, most = int(_said(spec, f"{engine}.fsdp_size", -1)), spec.resources.world_size
+    return most if size < 0 else min(size, most)
+
+
+def _unsynced(spec: RunSpec, model: Architecture) -> int:
+    """Whole gradients in float32, where micro-batches are added up before they are shared out (lines 692 to 719)."""
+    return 4 * model.parameters if _is_set(spec, f"{_ACTOR_FSDP}.use_no_sync_for_gradient_accumulation") else 0
+
+
 def _working(spec: RunSpec, model: Architecture) -> list[Part]:
-    """What exists while a micro-batch is at work."""
-    tokens = micro_batch_tokens(spec)
-    layers_of_reference = 2 * 2 * model.layer_parameters + 2 * model.outer_parameters
+    """What exists while a micro-batch is at work: first without a gradient, then with one."""
+    tokens, layer = micro_batch_tokens(spec), layer_bytes(model)
+    scored = tokens * model.vocabulary * entropy_bytes(spec)
+    passing = 2 * 2 * model.layer_parameters + 2 * model.outer_parameters
     return [
-        Part(role="actor", what="gathered weights (bfloat16)", phase="training", bytes=_gathered(model)),
-        Part(role="actor", what="activations", phase="training", bytes=tokens * activation_bytes(spec, model)),
-        Part(role="actor", what="logits", phase="training", bytes=tokens * logit_bytes(spec) * model.vocabulary),
-        Part(
-            role="reference", what="layers passing through", phase="training", bytes=_exact(spec, layers_of_reference)
-        ),
+        *_gathered(model),
+        _larger("log-probs", ("logits and their entropy", scored), ("one layer", tokens * layer)),
+        Part(role="actor", what="activations kept", phase="update", bytes=tokens * kept_bytes(spec, model)),
+        _larger("update", ("logits", logits_bytes(spec, model)), ("one layer and its gradient", 2 * tokens * layer)),
+        Part(role="reference", what="layers passing through", phase="update", bytes=_compared(spec) * passing),
         Part(role="all", what="CUDA, NCCL, allocator", phase="both", bytes=FIXED_BYTES),
     ]
 
 
-def _gathered(model: Architecture) -> int:
+def _larger(phase: Phase, *either: tuple[str, int]) -> Part:
+    """Of two things that are never there at once."""
+    what, size = max(either, key=lambda one: one[1])
+    return Part(role="actor", what=what, phase=phase, bytes=size)
+
+
+def _gathered(model: Architecture) -> list[Part]:
     """bfloat16: embedding and head, two layers (one is fetched ahead), and the gradients of head and one layer."""
-    return 2 * (2 * model.outer_parameters + 3 * model.layer_parameters)
+    weights = 2 * (model.outer_parameters + 2 * model.layer_parameters)
+    gradients = 2 * (model.outer_parameters + model.layer_parameters)
+    return [
+        Part(role="actor", what="gathered weights (bfloat16)", phase="training", bytes=weights),
+        Part(role="actor", what="gathered weights' gradients (bfloat16)", phase="update", bytes=gradients),
+    ]
 
 
-def _exact(spec: RunSpec, count: int) -> int:
-    """Of the reference beside the actor's own peak: only a KL over the vocabulary has both models at work at once."""
-    return count if spec.kl.is_exact else 0
+def layer_bytes(model: Architecture) -> int:
+    """Per token, one layer's forward pass in bfloat16; backward has as much again.
 
-
-def activation_bytes(spec: RunSpec, model: Architecture) -> int:
-    """Per token, bfloat16.
-
-    Kept: the input of every layer. One layer, forward and backward (twice): norms' and attention's inputs and outputs,
-    8 of hidden width, keys and values, and the MLP's gate, up, activation and product. Without checkpointing all
-    layers keep theirs.
+    Norms' and attention's inputs and outputs, 8 of hidden width, keys and values, and the MLP's gate, up, activation
+    and product.
     """
-    layer = 2 * (8 * model.hidden + 2 * model.kv_width + 4 * model.intermediate)
-    if not _said(spec, f"{_MODEL}.enable_gradient_checkpointing", True):
-        return (model.layers + 1) * layer
-    return model.layers * 2 * model.hidden + 2 * layer
+    return 2 * (8 * model.hidden + 2 * model.kv_width + 4 * model.intermediate)
 
 
-def logit_bytes(spec: RunSpec) -> int:
-    """Per token and word of the vocabulary.
+def kept_bytes(spec: RunSpec, model: Architecture) -> int:
+    """Per token, from forward to backward: each layer's input, or without gradient checkpointing all that it made."""
+    checkpointing = _said(spec, f"{_MODEL}.enable_gradient_checkpointing", True)
+    return model.layers * (2 * model.hidden if checkpointing else layer_bytes(model))
 
-    2 logits, 2 their gradient, 2 a copy in bfloat16 for entropy and loss; 2 more where a temperature divides them; a KL
-    over the vocabulary has the reference's logits (2) and a float32 gradient (4) too.
+
+def _is_packed(spec: RunSpec) -> bool:
+    """Without padding, which needs flash-attn; else rows are padded, and its cross-entropy is not expected, either."""
+    return bool(_said(spec, f"{_MODEL}.use_remove_padding", True))
+
+
+def _compared(spec: RunSpec) -> bool:
+    """Whether updates have both models' logits at once: a KL over the vocabulary in the loss, or as a probe."""
+    return spec.kl.is_exact or spec.probes.exact_every > 0
+
+
+def _scaled(spec: RunSpec) -> int:
+    """Copies of the logits over the temperature (lines 98 to 103): none at 1."""
+    return int(spec.train.temperature != 1)
+
+
+def entropy_bytes(spec: RunSpec) -> int:
+    """Per token and word, while old log-probabilities and entropies are taken: the logits and their scaled copy.
+
+    Packed, verl compiles the entropy (line 183) into loops that hold nothing more. Padded, it takes it as it stands
+    (line 1491): 4 B for the softmax, which torch's autocast takes in float32, and beside it, inside logsumexp, 4 B for
+    the cast of the logits and 4 B for the exponentials.
     """
-    scaled = 2 if spec.train.temperature != 1 else 0
-    return 6 + scaled + (6 if spec.kl.is_exact else 0)
+    held = LOGIT_BYTES * (1 + _scaled(spec))
+    if _is_packed(spec) and _said(spec, f"{_ACTOR_FSDP}.use_torch_compile", True):
+        return held
+    return held + 8 + (4 if LOGIT_BYTES < 4 else 0)
+
+
+def _copies(spec: RunSpec) -> int:
+    """Of one model's logits in its forward pass: raw, scaled, and, where rows are padded, put together (line 1504)."""
+    return 1 + _scaled(spec) + (not _is_packed(spec))
+
+
+def logits_bytes(spec: RunSpec, model: Architecture) -> int:
+    """Of a micro-batch, at an update's largest.
+
+    Forward holds all copies. Backward holds what it needs and a gradient: packed, flash-attn's cross-entropy writes
+    that over the logits (line 1426), and their scaling makes one more; padded, the last two copies are still there, and
+    core/logprobs.py takes two float32 buffers for a block of rows.
+    """
+    if _compared(spec):
+        return _compared_bytes(spec, model)
+    one = micro_batch_tokens(spec) * model.vocabulary * LOGIT_BYTES
+    return one * _copies(spec) if _is_packed(spec) else 3 * one + _block_bytes(spec, model, 2)
+
+
+def _compared_bytes(spec: RunSpec, model: Architecture) -> int:
+    """Of both models, verl_hooks/exact.py.
+
+    First the reference's forward pass beside the policy's logits, each with all copies; then one of the reference's is
+    left, is compared block by block, and a loss over the vocabulary writes its gradient down. core/exact.py takes 8
+    float32 buffers to compare whole distributions (5 for topk), and two to widen both models' logits.
+    """
+    one = micro_batch_tokens(spec) * model.vocabulary * LOGIT_BYTES
+    held = one * (_copies(spec) + 1 + spec.kl.is_exact)
+    return max(2 * one * _copies(spec), held + _block_bytes(spec, model, 8 + (2 if LOGIT_BYTES < 4 else 0)))
+
+
+def _block_bytes(spec: RunSpec, model: Architecture, buffers: int) -> int:
+    """float32, for the rows that are worked on at a time."""
+    tokens = min(micro_batch_tokens(spec), max(1, BLOCK_ELEMENTS // model.vocabulary))
+    return 4 * buffers * tokens * model.vocabulary
 
 
 def _engine(spec: RunSpec, model: Architecture, gpu: GPU) -> list[Part]:
-    """vLLM's share, whose rest is the key-value cache."""
-    share, weights = int(utilization(spec) * gpu.memory_bytes), _vllm_weights(spec, model)
-    cache = max(0, share - weights - VLLM_WORKSPACE_BYTES)
+    """vLLM's share, whose rest is the key-value cache; verl gives it back while it trains, unless told to keep it."""
+    asleep = all(_said(spec, f"{_ROLLOUT}.{key}", True) for key in ("free_cache_engine", "enable_sleep_mode"))
+    phase: Phase = "rollout" if asleep else "both"
+    cache = max(0, _cache_bytes(spec, model, gpu))
     return [
-        Part(role="rollout", what="weights (bfloat16)", phase="rollout", bytes=weights),
-        Part(role="rollout", what="workspace", phase="rollout", bytes=VLLM_WORKSPACE_BYTES),
-        Part(role="rollout", what="key-value cache", phase="rollout", bytes=cache),
+        Part(role="rollout", what="weights (bfloat16)", phase=phase, bytes=_vllm_weights(spec, model)),
+        Part(role="rollout", what="workspace", phase=phase, bytes=VLLM_WORKSPACE_BYTES),
+        Part(role="rollout", what="key-value cache", phase=phase, bytes=cache),
     ]
 
 
 def _vllm_weights(spec: RunSpec, model: Architecture) -> int:
     return 2 * model.parameters // spec.resources.tensor_parallel
+
+
+def _cache_bytes(spec: RunSpec, model: Architecture, gpu: GPU) -> int:
+    """What weights and workspace leave of vLLM's share of one GPU; negative where they do not fit."""
+    return int(utilization(spec) * gpu.memory_bytes) - _vllm_weights(spec, model) - VLLM_WORKSPACE_BYTES
+
+
+def kv_bytes(spec: RunSpec, model: Architecture) -> int:
+    """Key-value cache of one token on one GPU of an engine; vLLM shares out the heads, and no GPU has none."""
+    kind = str(_said(spec, f"{_ROLLOUT}.engine_kwargs.vllm.kv_cache_dtype", "auto"))
+    heads = max(1, model.kv_heads // spec.resources.tensor_parallel)
+    return 2 * (1 if kind.startswith("fp8") else 2) * model.layers * model.head_dim * heads
+
+
+def host_bytes(spec: RunSpec, model: Architecture) -> int:
+    """Per node. FSDP2 pins the reference; of the actor there is what one of verl's offloads moved.
+
+    With offload_policy that is weights, gradients (pinned both) and moments; param_offload and optimizer_offload pin
+    weights and moments while they are not used.
+    """
+    actor = pinned_bytes(model, _group(spec, _ACTOR_FSDP), _weight_bytes(spec, _ACTOR_FSDP))
+    moments = 2 * _weight_bytes(spec, _ACTOR_FSDP) * -(-model.parameters // _group(spec, _ACTOR_FSDP))
+    held = pinned_bytes(model, _group(spec, _REF_FSDP), _weight_bytes(spec, _REF_FSDP))
+    if _is_set(spec, f"{_ACTOR_FSDP}.offload_policy"):
+        held += 2 * actor + moments
+    else:
+        held += actor * _is_set(spec, f"{_ACTOR_FSDP}.param_offload")
+        held += 2 * actor * _is_set(spec, f"{_ACTOR_FSDP}.optimizer_offload")
+    return held * spec.resources.gpus_per_node
+
+
+def pinned_bytes(model: Architecture, group: int, size: int) -> int:
+    """One process's shards of all weights: FSDP2 cuts each along its rows, torch pins powers of two.
+
+    Args:
+        model: whose weights.
+        group: processes that share them.
+        size: bytes of a weight.
+
+    Source: torch, ATen/core/CachingHostAllocator.h: PowerOf2Ceil of each block, unless told otherwise.
+    """
+    return sum(count * _power_of_two(size * -(-rows // group) * width) for rows, width, count in _tensors(model))
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _tensors(model: Architecture) -> Iterator[tuple[int, int, int]]:
+    """(rows, numbers of a row, how often) of every weight: Llama's layout, q, k and v with a bias in Qwen2."""
+    query, kv, hidden, layers = model.heads * model.head_dim, model.kv_width, model.hidden, model.layers
+    yield model.vocabulary, hidden, 1 if model.tied else 2
+    yield query, hidden, layers
+    yield kv, hidden, 2 * layers
+    yield hidden, query, layers
+    yield model.intermediate, hidden, 2 * layers
+    yield hidden, model.intermediate, layers
+    yield hidden, 1, 2 * layers + 1
+    if model.qkv_bias:
+        yield query, 1, layers
+        yield kv, 1, 2 * layers
+    if model.qk_norm:
+        yield model.head_dim, 1, 2 * layers
 
 
 def micro_batch_tokens(spec: RunSpec) -> int:
@@ -309,7 +504,31 @@ def _max_sequences(spec: RunSpec) -> int:
 
 def _said(spec: RunSpec, key: str, otherwise: Any) -> Any:
     """A key of the recipe's `verl` block, else verl's default."""
-    return spec.verl.get(key, otherwise)
+    return _flat(spec.verl).get(key, otherwise)
+
+
+def _is_set(spec: RunSpec, key: str) -> bool:
+    """Of a switch that verl has off."""
+    return bool(_said(spec, key, False))
+
+
+def _flat(block: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Dotted keys, also of mappings inside."""
+    found: dict[str, Any] = {}
+    for key, value in block.items():
+        inner = isinstance(value, Mapping)
+        found |= _flat(value, f"{before}{key}.") if inner else {before + key: value}
+    return found
+
+
+def uncounted(spec: RunSpec) -> tuple[str, ...]:
+    """Keys of the run's `verl:` block whose part in memory is not in the arithmetic, `key=value`."""
+    return tuple(f"{key}={value}" for key, value in _flat(spec.verl).items() if not _is_harmless(key, value))
+
+
+def _is_harmless(key: str, value: Any) -> bool:
+    known = next((known for known in NOT_COUNTED if key == known or key.startswith(f"{known}.")), None)
+    return known is None or value in NOT_COUNTED[known]
 
 
 def _longest(spec: RunSpec) -> int:
@@ -324,10 +543,9 @@ def _problems(
     spec: RunSpec, gpu: GPU, model: Architecture, parts: Sequence[Part], kv: int, kv_tokens: int
 ) -> Iterable[str]:
     room = int(MARGIN * gpu.memory_bytes)
-    for phase in ("training", "rollout"):
-        needed = _peak(parts, phase)
-        if needed > room:
-            yield _too_much(phase, needed, room, gpu, [part for part in parts if part.phase in (phase, "both")])
+    for phase, there in {"training": _training(parts), "rollout": _during(parts, "rollout")}.items():
+        if (needed := _peak(there)) > room:
+            yield _too_much(phase, needed, room, gpu, there)
     if kv <= 0:
         share = utilization(spec) * gpu.memory_bytes
         yield (
@@ -362,7 +580,8 @@ def step_time(spec: RunSpec, model: Architecture, gpu: GPU, measured: Sequence[M
     own = sum(stages.values())
     nearest = _nearest(spec, measured)
     if nearest is None:
-        said = f"arithmetic: every response at its longest, {MFU:.0%} of peak, {DECODE_BANDWIDTH:.0%} of bandwidth"
+        assumed = f"{MFU:.0%} of peak, {DECODE_BANDWIDTH:.0%} of bandwidth"
+        said = f"arithmetic, within about a factor of two: every response at its longest, {assumed}"
         return Time(seconds=own, source="arithmetic", said=said, stages=stages)
     other, seconds = nearest.spec, nearest.seconds
     if same_work(spec, other):
@@ -392,11 +611,10 @@ def stage_seconds(spec: RunSpec, model: Architecture, gpu: GPU) -> dict[str, flo
 def _generation_seconds(spec: RunSpec, model: Architecture, gpu: GPU) -> float:
     parallel = spec.resources.tensor_parallel
     per_engine = -(-_responses(spec) * parallel // spec.resources.world_size)
-    kv = int(utilization(spec) * gpu.memory_bytes) - _vllm_weights(spec, model) - VLLM_WORKSPACE_BYTES
-    room = max(1, kv * parallel // model.kv_bytes // _longest(spec))
+    room = max(1, _cache_bytes(spec, model, gpu) // kv_bytes(spec, model) // _longest(spec))
     at_once = min(per_engine, _max_sequences(spec), room)
     context = spec.train.max_prompt_tokens + spec.train.max_response_tokens / 2
-    read = (2 * model.parameters + at_once * context * model.kv_bytes) / parallel
+    read = 2 * model.parameters / parallel + at_once * context * kv_bytes(spec, model)
     token = max(DECODE_SECONDS, read / (gpu.bandwidth * DECODE_BANDWIDTH))
     return per_engine / at_once * spec.train.max_response_tokens * token
 
@@ -426,12 +644,14 @@ def layouts(most_gpus: int, per_node: int) -> list[list[ResourcesSpec]]:
 def cheapest(
     spec: RunSpec, model: Architecture, gpu: GPU, measured: Sequence[Measured] = (), per_node: int = 8
 ) -> Fit | None:
-    """The layout of fewest GPU-hours that fits, up to eight nodes; None where none does.
+    """The layout of fewest GPU-hours that fits, up to eight nodes, or the run's own; None where none does.
 
     Engines are as small as fits: what a larger one costs in communication is not in the arithmetic.
     """
+    given = fit(spec, model, gpu, measured)
     found = [_smallest_engine(spec, model, gpu, measured, sizes) for sizes in layouts(8 * per_node, per_node)]
-    return min((one for one in found if one is not None), key=_cost, default=None)
+    fitting = [one for one in (given, *found) if one is not None and one.fits]
+    return min(fitting, key=_cost, default=None)
 
 
 def _smallest_engine(
@@ -556,10 +776,11 @@ def table(one: Fit) -> list[str]:
     return [
         *rows,
         f"peak {one.training_bytes / GIB:.1f} GiB training, {one.rollout_bytes / GIB:.1f} GiB rollout, "
-        f"of {room:.1f} GiB; host {one.host_bytes / GIB:.1f} GiB a node for the reference",
+        f"of {room:.1f} GiB; host {one.host_bytes / GIB:.1f} GiB a node, pinned",
         f"{one.tokens_per_step:,} tokens a step at most, {one.micro_batch_tokens:,} a micro-batch; an engine's cache "
         f"holds {one.kv_tokens:,} tokens, {one.sequences} sequences of full length",
         f"step {one.time.seconds:.1f} s ({one.time.said})",
+        *(f"not counted: {key}" for key in one.uncounted),
         *(f"DOES NOT FIT. {problem}" for problem in one.problems),
     ]
 
@@ -584,10 +805,20 @@ def _total(found: RecipeFit) -> str:
 
 
 def require(found: RecipeFit) -> None:
-    """Refuse what cannot fit. Raises ValueError with the numbers and, where there is one, a layout that fits."""
-    if not found.problems:
-        return
-    run, problems = next(iter(found.problems.items()))
+    """Refuse what cannot fit, with the numbers and, where there is one, a layout that fits.
+
+    Raises:
+        ValueError: a run does not fit. Of runs that set something which is not counted it is only a warning.
+    """
+    refused = [run for run in found.problems if not found.runs[run].uncounted]
+    if refused:
+        raise ValueError(_refusal(found, refused[0]))
+    if run := next(iter(found.problems), None):
+        keys = ", ".join(found.runs[run].uncounted)
+        warnings.warn(f"{_refusal(found, run)} That is arithmetic which does not count {keys}.", stacklevel=2)
+
+
+def _refusal(found: RecipeFit, run: str) -> str:
     best = found.cheapest[run]
     way = (
         f"It would fit on {layout_in_words(best.resources)} (resources.nodes={best.resources.nodes} "
@@ -596,4 +827,5 @@ def require(found: RecipeFit) -> None:
         if best is not None
         else "No layout of up to 8 nodes fits: shorten train.max_response_tokens or set train.micro_batch."
     )
-    raise ValueError(f"{run} does not fit {layout_in_words(found.runs[run].resources)}. {' '.join(problems)} {way}")
+    there = layout_in_words(found.runs[run].resources)
+    return f"{run} does not fit {there}. {' '.join(found.problems[run])} {way}"
