@@ -393,7 +393,7 @@ def _fitted(specs: list[RunSpec], root: Path, name: str | None) -> RecipeFit | N
     devices, _ = gpu.here()
     kind = gpu.kind_of(devices)
     if kind is None:
-        raise ValueError(f"{devices[0].name if devices else 'No GPU'} is in no table. Known: {', '.join(fit.GPUS)}.")
+        raise ValueError(f"{devices[0].name} is in no table. Known: {', '.join(fit.GPUS)}.")
     return gpu.fit_of(specs, root, kind)
 
 

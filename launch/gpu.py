@@ -8,12 +8,14 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,12 @@ SMALLEST_BYTES = 14 * GIB
 """vLLM, trainer and their CUDA contexts need so much with the smallest models."""
 BUSY_BYTES = 2 * GIB
 """More than an idle driver and a desktop take."""
-DEVICES_QUERY = "index,uuid,name,memory.total,memory.used,driver_version"
+DEVICES_QUERY = "index,uuid,name,memory.total,memory.used,driver_version,mig.mode.current"
 APPS_QUERY = "gpu_uuid,pid,process_name,used_memory"
-_SECONDS = 30
+ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""Of every process on a GPU, unless it says otherwise: CUDA_VISIBLE_DEVICES is checked by nvidia-smi's numbers, which
+go by place, and CUDA's own begin with the fastest."""
+_SECONDS, _TORCH_SECONDS = 30, 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,8 @@ class Device:
     total_bytes: int
     used_bytes: int
     driver: str
+    problem: str = ""
+    """Why it cannot be used whatever the run, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,22 +96,30 @@ def _ask(what: str, fields: str) -> str:
 
 
 def parse_devices(text: str) -> list[Device]:
-    """`index, uuid, name, MiB, MiB, driver` per line. Raises ValueError for anything else."""
-    found = []
-    for row in csv.reader(text.splitlines(), skipinitialspace=True):
-        if not row:
-            continue
-        try:
-            index, uuid, name, total, used, driver = row
-            mib = int(total) * 1024**2, int(used) * 1024**2
-            device = Device(
-                index=int(index), uuid=uuid, name=name, total_bytes=mib[0], used_bytes=mib[1], driver=driver.strip()
-            )
-        except ValueError:
-            raise ValueError(f"nvidia-smi said {', '.join(row)!r} about a GPU, which cannot be read: is it in MIG mode "
-                             "or out of order? Choose others with CUDA_VISIBLE_DEVICES.") from None  # fmt: skip
-        found.append(device)
-    return found
+    """`index, uuid, name, MiB, MiB, driver, MIG mode` per line; one that cannot be read or used says why."""
+    rows = csv.reader(text.splitlines(), skipinitialspace=True)
+    return [_device(row) for row in rows if row]
+
+
+def _device(row: list[str]) -> Device:
+    try:
+        index, uuid, name, total, used, driver, mig = row
+        mib = int(total) * 1024**2, int(used) * 1024**2
+        device = Device(
+            index=int(index), uuid=uuid, name=name, total_bytes=mib[0], used_bytes=mib[1], driver=driver.strip()
+        )
+    except ValueError:
+        return _unreadable(row)
+    sliced = "is in MIG mode, of which CUDA would give one slice: verl and NCCL need whole GPUs"
+    return replace(device, problem=sliced) if mig == "Enabled" else device
+
+
+def _unreadable(row: list[str]) -> Device:
+    """Whatever can be told of it; -1: its number cannot."""
+    index, uuid, name = (row + ["", ""])[:3]
+    said = f"is out of order or in MIG mode: nvidia-smi says {', '.join(row)!r} about it, which cannot be read"
+    number = int(index) if index.isdecimal() else -1
+    return Device(index=number, uuid=uuid, name=name, total_bytes=0, used_bytes=0, driver="", problem=said)
 
 
 def parse_apps(text: str) -> list[App]:
@@ -114,22 +129,133 @@ def parse_apps(text: str) -> list[App]:
 
 
 def visible(devices: Sequence[Device], environment: Mapping[str, str]) -> list[Device]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, in its order. Raises ValueError where it names one that is not there."""
+    """Those that CUDA_VISIBLE_DEVICES leaves, in its order. Raises ValueError where CUDA would see others, or none."""
     said = environment.get("CUDA_VISIBLE_DEVICES")
     if said is None:
         return list(devices)
-    chosen = []
-    for name in filter(None, (part.strip() for part in said.split(","))):
-        if name.startswith("MIG-"):
-            raise ValueError(
-                f"CUDA_VISIBLE_DEVICES={said} names a MIG slice: verl and NCCL need whole GPUs. Ask for one."
-            )
-        found = [one for one in devices if name == str(one.index) or (name[:4] == "GPU-" and one.uuid.startswith(name))]
-        if not found:
-            known = ", ".join(str(one.index) for one in devices) or "none"
-            raise ValueError(f"CUDA_VISIBLE_DEVICES={said}: there is no GPU {name}. This machine has {known}.")
-        chosen.append(found[0])
+    names = [part.strip() for part in said.split(",") if part.strip()]
+    _check_order(devices, names, environment.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"))
+    chosen = [_named(name, devices, said) for name in names]
+    twice = sorted({one.index for one in chosen if chosen.count(one) > 1})
+    if twice:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={said} names GPU {twice[0]} twice, and CUDA then shows none at all. Name each once."
+        )
     return chosen
+
+
+def _check_order(devices: Sequence[Device], names: Sequence[str], order: str) -> None:
+    """Numbers mean the same to CUDA and nvidia-smi; where all GPUs are alike it does not matter. Raises ValueError."""
+    if order != "PCI_BUS_ID" and len({one.name for one in devices}) > 1 and any(map(str.isdecimal, names)):
+        raise ValueError(
+            f"CUDA_DEVICE_ORDER={order} lets CUDA number the fastest GPU first, and this machine has several kinds: "
+            f"CUDA_VISIBLE_DEVICES={','.join(names)} would be others than nvidia-smi's. Set "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID, or name GPUs by their UUIDs (nvidia-smi -L)."
+        )
+
+
+def _named(name: str, devices: Sequence[Device], said: str) -> Device:
+    """The GPU of one part of CUDA_VISIBLE_DEVICES: a number, or the beginning of a UUID. Raises ValueError."""
+    if name.startswith("MIG-"):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={said} names a MIG slice: verl and NCCL need whole GPUs. Ask for one.")
+    numbered = [one for one in devices if one.index >= 0]
+    found = [one for one in numbered if name == str(one.index) or (name[:4] == "GPU-" and one.uuid.startswith(name))]
+    if not found:
+        known = ", ".join(str(one.index) for one in numbered) or "none"
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={said}: there is no GPU {name}. This machine has {known}.")
+    if len(found) > 1:
+        fitting = ", ".join(str(one.index) for one in found)
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={said}: {name} is the beginning of several UUIDs (GPUs {fitting}), and CUDA then "
+            "shows none. Give more of it, or a number."
+        )
+    return found[0]
+
+
+def _check_usable(devices: Sequence[Device], chosen: Sequence[Device], environment: Mapping[str, str]) -> None:
+    """There are visible GPUs, and each can be read and is whole. Raises ValueError."""
+    if not devices:
+        raise ValueError("nvidia-smi lists no GPU on this machine. Start where there are some, or ask for them.")
+    if not chosen:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={environment.get('CUDA_VISIBLE_DEVICES')!r} hides all {len(devices)} GPUs of this "
+            "machine. Unset it, or name those to use."
+        )
+    bad = next((one for one in chosen if one.problem), None)
+    if bad is not None:
+        good = ",".join(str(one.index) for one in devices if not one.problem)
+        way = f"Choose others with CUDA_VISIBLE_DEVICES={good}, or have" if good else "Have"
+        label = "A GPU" if bad.index < 0 else f"GPU {bad.index}"
+        raise ValueError(f"{label} {bad.problem}. {way} the node looked at.")
+
+
+# ---------------------------------------------------------------------------------------------------- torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Torch:
+    """torch as the processes of a run find it."""
+
+    version: str
+    cuda: str | None
+    """That it was built for; None: a build without CUDA."""
+    count: int
+    """GPUs that it can use."""
+    said: str = ""
+    """What it complained of."""
+
+
+_ASK_TORCH = """\
+import json, torch
+count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+print(json.dumps({"version": str(torch.__version__), "cuda": torch.version.cuda, "count": count}))"""
+
+
+def torch_in(environment: Mapping[str, str]) -> Torch:
+    """torch in a process of its own, with the variables of a run's: asked here, it could keep a GPU's memory.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    command = [sys.executable, "-P", "-c", _ASK_TORCH]
+    given = {**ENVIRONMENT, **environment}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=_TORCH_SECONDS)
+        values = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
+        said = done.stderr.strip().splitlines()[-1:] if not isinstance(error, subprocess.TimeoutExpired) else []
+        raise ValueError(
+            f"torch in {sys.prefix} does not answer ({''.join(said) or f'{_TORCH_SECONDS} s'}), so nothing can be "
+            "trained with it. launch/env/setup_gpu.sh makes an environment for GPUs, `make setup` the CPU's."
+        ) from None
+    return Torch(**values, said=_complaint(done.stderr))
+
+
+def _complaint(text: str) -> str:
+    """Of torch's warning, what it says of CUDA."""
+    found = re.search(r"UserWarning: (.*?)(?: \(Triggered internally|$)", text, re.MULTILINE)
+    return f" ({found[1]})" if found else ""
+
+
+def check_build(torch: Torch) -> None:
+    """torch was built for CUDA. Raises ValueError."""
+    if torch.cuda is None:
+        raise ValueError(
+            f"torch {torch.version} in {sys.prefix} is a CPU build, which uses no GPU. launch/env/setup_gpu.sh makes "
+            "the environment for GPUs (.venv-gpu); start with its klreg."
+        )
+
+
+def check_torch(torch: Torch, needed: int) -> str:
+    """torch can use as many GPUs as nvidia-smi shows; returns it in words. Raises ValueError."""
+    check_build(torch)
+    if torch.count < needed:
+        raise ValueError(
+            f"nvidia-smi shows {needed} visible GPU(s) and torch {torch.version}, built for CUDA {torch.cuda}, can use "
+            f"{torch.count}{torch.said}. Is /dev/nvidia-uvm there, does nvidia-fabricmanager run (GPUs with NVSwitch), "
+            "and was a container started with its GPUs (--nv, --gpus all)? Else have the node looked at."
+        )
+    return f"torch {torch.version}, CUDA {torch.cuda}"
 
 
 # ---------------------------------------------------------------------------------------------------- judging
@@ -152,7 +278,7 @@ def check_devices(devices: Sequence[Device], apps: Sequence[App], needed: int) -
     if len(devices) < needed:
         raise ValueError(
             f"{_count(len(devices))} visible, the run takes {needed} on a node (resources.gpus_per_node). Ask for "
-            f"more, or set resources.gpus_per_node={max(1, len(devices))}."
+            f"more, name more in CUDA_VISIBLE_DEVICES, or set resources.gpus_per_node={max(1, len(devices))}."
         )
     _check_driver(devices[0].driver)
     _check_alike(devices)
@@ -222,6 +348,7 @@ def check_attention(specs: Sequence[RunSpec]) -> str:
 
     verl takes flash_attention_2 and packs batches without padding unless it is told otherwise.
     """
+    check_padding(specs)
     if importlib.util.find_spec("flash_attn") is not None:
         return "flash-attn"
     told = all(spec.verl.get(key) == value for spec in specs for key, value in WITHOUT_FLASH.items())
@@ -235,9 +362,21 @@ def check_attention(specs: Sequence[RunSpec]) -> str:
     return "torch's sdpa, padded batches"
 
 
+def check_padding(specs: Sequence[RunSpec]) -> None:
+    """Padded batches have micro-batches of a fixed number of rows. Raises ValueError."""
+    for spec in specs:
+        if spec.verl.get(PACKED, True) is False and spec.train.micro_batch is None:
+            raise ValueError(
+                f"{spec.run_id}: {PACKED} is false and train.micro_batch is not set. verl then fills a micro-batch by "
+                "real tokens and pads each row to the longest, so one long response among many short ones takes "
+                "memory that no limit holds. Set train.micro_batch: responses of full length that fit at a time."
+            )
+
+
+PACKED = "actor_rollout_ref.model.use_remove_padding"
 WITHOUT_FLASH = {
     "actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
-    "actor_rollout_ref.model.use_remove_padding": False,
+    PACKED: False,
 }
 """verl's keys of a run without flash-attn."""
 
@@ -322,9 +461,17 @@ def _ran_on(card: Path, gpu: GPU) -> bool:
 
 
 def here(environment: Mapping[str, str] | None = None) -> tuple[list[Device], list[App]]:
-    """The visible GPUs of this machine. Raises ValueError."""
+    """The visible GPUs of this machine. Raises ValueError where there are none, or one that cannot be used."""
+    environment = os.environ if environment is None else environment
     devices, apps = query()
-    return visible(devices, os.environ if environment is None else environment), apps
+    chosen = visible(devices, environment)
+    _check_usable(devices, chosen, environment)
+    return chosen, apps
+
+
+def by_memory(device: Device) -> GPU:
+    """A kind that no table has: whether a run fits is known, times are not, and come out as nothing."""
+    return GPU(name=device.name, memory_bytes=device.total_bytes, bandwidth=math.inf, flops=math.inf)
 
 
 def kind_of(devices: Sequence[Device]) -> GPU | None:
@@ -340,12 +487,15 @@ def kind_of(devices: Sequence[Device]) -> GPU | None:
 
 def check_hub(name: str, revision: str | None, environment: Mapping[str, str]) -> str:
     """The model is in the Hugging Face cache, or the Hub has it. Raises ValueError."""
+    fetch = f"`hf download {name}{f' --revision {revision}' if revision else ''}`"
+    offline = environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     snapshot = cached(name, revision)
     if snapshot is not None:
         _check_weights(name, snapshot)
+        if offline:
+            _check_snapshot(name, snapshot, fetch)
         return f"in the Hugging Face cache ({snapshot.name[:12]})"
-    fetch = f"`hf download {name}{f' --revision {revision}' if revision else ''}`"
-    if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+    if offline:
         raise ValueError(
             f"{name} is no folder, is not in the Hugging Face cache, and HF_HUB_OFFLINE forbids to fetch it. Fetch it "
             f"where there is a network ({fetch}, with the same HF_HOME), or give the path of a folder (./model)."
@@ -359,6 +509,19 @@ def _check_weights(name: str, snapshot: Path) -> None:
             f"{name} is in the Hugging Face cache without its weights ({snapshot}): a download was cut, or only its "
             f"config was fetched. Run `hf download {name}`."
         )
+
+
+def _check_snapshot(name: str, snapshot: Path, fetch: str) -> None:
+    """As a model's folder is checked, since nothing can be fetched that it lacks."""
+    from data_prep.check import check_model
+
+    try:
+        check_model(snapshot)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is in the Hugging Face cache, and HF_HUB_OFFLINE forbids to fetch what is missing there. {error} "
+            f"If its download was cut: {fetch} where there is a network."
+        ) from None
 
 
 def _ask_hub(name: str, revision: str | None, fetch: str) -> str:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
-from data_prep.cache import options_from
+from data_prep.cache import Progress, options_from
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.recipe import KLBlock, ModelSpec
 from klreg_verl.experiment.store import cache_root, run_folder
 from klreg_verl.verl_hooks.overrides import Files
-from launch import retained
+from launch import gpu, retained
+
+if TYPE_CHECKING:
+    from data_prep.tiny_model import TinyModelOptions
 
 Note = Callable[[str], None]
 
@@ -113,13 +121,59 @@ def model_folder(model: ModelSpec, cache: Path, note: Note) -> Path:
         from data_prep import tiny_model
 
         options = options_from(tiny_model.TinyModelOptions, model.options, "model.options")
-        return tiny_model.cache(options, cache, _reporter(note, "tiny model"))
+        build = _apart if options.device == "cuda" else tiny_model.cache
+        return build(options, cache, _reporter(note, "tiny model"))
     if Path(model.path).is_absolute():
         return Path(model.path)
     from huggingface_hub import snapshot_download
 
     note(f"Model {model.path} ({model.revision or 'newest revision'}) from the Hugging Face cache or Hub")
     return Path(snapshot_download(model.path, revision=model.revision))
+
+
+def _apart(options: TinyModelOptions, cache: Path, report: Progress) -> Path:
+    """The tiny model, trained in a process of its own: this one would keep a CUDA context, and gigabytes, for good.
+
+    Raises:
+        ValueError: it could not be made, and why.
+    """
+    from data_prep import tiny_model
+
+    folder = tiny_model.planned(options, cache)
+    if folder.exists():
+        return folder
+    command = [sys.executable, "-P", "-m", "launch.inputs", json.dumps(asdict(options)), str(cache)]
+    with tempfile.TemporaryFile("w+") as errors:
+        code = _follow(command, errors, report)
+        errors.seek(0)
+        said = errors.read().strip().splitlines()[-1:]
+    if code:
+        raise ValueError(f"The tiny model could not be made on the GPU: {''.join(said) or f'exit code {code}'}")
+    return folder
+
+
+def _follow(command: list[str], errors: IO[str], report: Progress) -> int:
+    """Run `main` below, tell its progress, return its exit code; it ends with us."""
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**gpu.ENVIRONMENT, **os.environ}
+    )
+    with child, contextlib.ExitStack() as ending:
+        ending.callback(child.kill)
+        for line in child.stdout or ():
+            report(*json.loads(line))
+        return child.wait()
+
+
+def main() -> None:
+    """`python -m launch.inputs OPTIONS CACHE`: makes the tiny model, a line of JSON for each report of progress."""
+    from data_prep import tiny_model
+
+    out, sys.stdout = sys.stdout, sys.stderr  # libraries that print
+    try:
+        options = options_from(tiny_model.TinyModelOptions, json.loads(sys.argv[1]), "model.options")
+        tiny_model.cache(options, Path(sys.argv[2]), lambda *told: print(json.dumps(told), file=out, flush=True))
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def _reporter(note: Note, what: str) -> Callable[[int, int, str], None]:
@@ -133,3 +187,7 @@ def _reporter(note: Note, what: str) -> Callable[[int, int, str], None]:
             note(f"{what}: {text} ({100 * done // max(total, 1)} %)")
 
     return report
+
+
+if __name__ == "__main__":
+    main()

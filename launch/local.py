@@ -25,7 +25,7 @@ from klreg_verl.experiment import claims, provenance
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, RunLocked, Status, atomic_write, run_folder, write_json
 from klreg_verl.verl_hooks import checkpoints, cpu, overrides
-from launch import failure, inputs, preflight
+from launch import failure, gpu, guardian, inputs, preflight
 from launch.display import Display
 from launch.session import AttachedSession, Session, attached_session, ray_session
 
@@ -105,8 +105,9 @@ def _session(
     environment = session_environment(specs[0], platform)
     if ray_address is not None:
         return attached_session(ray_address, environment)
-    gpus = max(spec.resources.gpus_per_node for spec in specs) if platform == "cpu" else None
-    return ray_session(gpus, OBJECT_STORE_BYTES if platform == "cpu" else None, environment)
+    workers = max(spec.resources.gpus_per_node for spec in specs)
+    logical = {"gpus": workers, "object_store_bytes": OBJECT_STORE_BYTES} if platform == "cpu" else {}
+    return ray_session(guardian.Place(slots=guardian.slots_for(workers), **logical), environment)
 
 
 def run_one(
@@ -276,7 +277,7 @@ def session_environment(spec: RunSpec, platform: str) -> dict[str, str]:
     """
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     path = os.pathsep.join(filter(None, [spec.root, os.environ.get("PYTHONPATH", "")]))
-    extra = cpu.ENVIRONMENT if platform == "cpu" else {}
+    extra = cpu.ENVIRONMENT if platform == "cpu" else gpu.ENVIRONMENT
     return {**extra, **inherited, "PYTHONPATH": path}
 
 

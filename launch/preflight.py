@@ -8,25 +8,25 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.cache import options_from
 from data_prep.check import check_model, check_task
-from klreg_verl.experiment import fit
+from klreg_verl.experiment import estimate, fit
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, run_folder
 from klreg_verl.verl_hooks import checkpoints
 from klreg_verl.verl_hooks.names import TESTED
-from launch import gpu, retained
+from launch import gpu, host, retained
 from launch.inputs import planned_files
 
 CPU_MEMORY_GB = 9.0
 """What one worker's run took at its peak over all processes (recipes/results/README.md)."""
 CPU_WORKER_GB = 4.0
-"""Each further worker: a trainer process, a vLLM server with its engine and worker."""
+"""Each further worker: a trainer process, a vLLM server with its engine and worker. On GPUs the same processes run."""
 FREE_DISK_GB = 2.0
 
 
@@ -38,17 +38,37 @@ class Finding:
     detail: str
 
 
-def detect_platform(ray_address: str | None = None) -> str:
-    """The platform: "cuda" if torch sees a GPU, else "cpu"; VERL_PLATFORM decides if it is set.
+PLATFORMS = {"cpu": "cpu", "nvidia": "cuda"}
+"""VERL_PLATFORM, as verl names platforms -> ours."""
 
-    Of a Ray that somebody else started this machine tells nothing: its nodes have GPUs unless VERL_PLATFORM says cpu.
+
+def detect_platform(ray_address: str | None = None) -> str:
+    """The platform: VERL_PLATFORM's if it is set, else "cuda" where torch was built for it, else "cpu".
+
+    A build for CUDA that finds no GPU is no wish for the CPU: what is wrong is said by `check`. Of a Ray that somebody
+    else started this machine tells nothing: its nodes have GPUs unless VERL_PLATFORM says cpu.
+
+    Raises:
+        ValueError: VERL_PLATFORM names none that runs here.
     """
     chosen = os.environ.get("VERL_PLATFORM", "").strip().lower()
-    if chosen or ray_address is not None:
-        return "cpu" if chosen == "cpu" else "cuda"
+    if chosen:
+        return named_platform(chosen)
+    if ray_address is not None:
+        return "cuda"
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cpu" if torch.version.cuda is None and not torch.cuda.is_available() else "cuda"
+
+
+def named_platform(name: str) -> str:
+    """What VERL_PLATFORM means. Raises ValueError."""
+    if name not in PLATFORMS:
+        raise ValueError(
+            f"VERL_PLATFORM={name}: runs are made for {' and '.join(PLATFORMS)}, by verl's own names (CUDA is nvidia), "
+            "and verl would refuse another one in each of its processes. Set one of these, or unset it."
+        )
+    return PLATFORMS[name]
 
 
 def check(specs: Sequence[RunSpec], runs_dir: Path, platform: str, ray_address: str | None = None) -> list[Finding]:
@@ -57,7 +77,7 @@ def check(specs: Sequence[RunSpec], runs_dir: Path, platform: str, ray_address: 
     Raises:
         ValueError: with what was found, why it cannot work, and what to do.
     """
-    findings = [check_software(), check_disk(runs_dir)]
+    findings = [check_software(), check_disk(runs_dir, disk_needed(specs, runs_dir))]
     check_folders(specs, runs_dir)
     return findings + (check_machine(specs, runs_dir, platform) if ray_address is None else []) + check_files(specs)
 
@@ -70,23 +90,79 @@ def check_machine(specs: Sequence[RunSpec], runs_dir: Path, platform: str) -> li
             f"resources.nodes is {nodes}, and the Ray that `klreg run` starts has this machine only. Use `klreg "
             "submit`, or --ray-address HOST:PORT of a Ray over all nodes, or resources.nodes=1."
         )
-    return [check_memory(specs, platform), *(check_gpus(specs, runs_dir) if platform == "cuda" else [])]
+    if platform != "cuda":
+        return [check_memory(specs), *unused_gpus(specs)]
+    try:
+        found = look_at_gpus(specs, os.environ)
+    except ValueError as error:
+        way = "" if "VERL_PLATFORM" in str(error) else " Or train on the CPU with VERL_PLATFORM=cpu."
+        raise ValueError(f"{error}{way}") from None
+    return judge_gpus(specs, runs_dir, *found)
 
 
-def check_gpus(specs: Sequence[RunSpec], runs_dir: Path) -> list[Finding]:
-    """This node's GPUs are enough, alike, free and large enough for every run, as far as arithmetic can say."""
-    devices, apps = gpu.here()
+def check_gpus(specs: Sequence[RunSpec], runs_dir: Path, environment: Mapping[str, str] | None = None) -> list[Finding]:
+    """This node's GPUs are enough, alike, free, usable and large enough for every run, as far as arithmetic can say.
+
+    `environment` is that of the runs' processes; None: this process's. Raises ValueError.
+    """
+    return judge_gpus(specs, runs_dir, *look_at_gpus(specs, os.environ if environment is None else environment))
+
+
+def look_at_gpus(specs: Sequence[RunSpec], environment: Mapping[str, str]) -> tuple[list[gpu.Device], list[Finding]]:
+    """The visible GPUs, once they, torch and what compiles for them are found fit for use. Raises ValueError."""
+    devices, apps = gpu.here(environment)
     said = gpu.check_devices(devices, apps, max(spec.resources.gpus_per_node for spec in specs))
-    attention = [Finding(what="attention", detail=gpu.check_attention(specs))]
+    torch = gpu.check_torch(gpu.torch_in(environment), len(devices))
+    compiler = host.check_compiler(environment)
+    told = {"gpus": said, "torch": torch, "compiler": compiler}
+    return devices, [Finding(what=what, detail=detail) for what, detail in told.items()]
+
+
+def judge_gpus(
+    specs: Sequence[RunSpec], runs_dir: Path, devices: Sequence[gpu.Device], told: Sequence[Finding]
+) -> list[Finding]:
+    """The runs on these GPUs and in this machine's memory; `told` comes before what is found. Raises ValueError."""
+    attention = Finding(what="attention", detail=gpu.check_attention(specs))
     kind = gpu.kind_of(devices)
-    if kind is None:
-        unknown = f"{devices[0].name} is in no table, so whether it is large enough shows when it runs"
-        return [Finding(what="gpus", detail=said), *attention, Finding(what="fit", detail=unknown)]
-    found = gpu.fit_of(specs, runs_dir, kind)
+    found = gpu.fit_of(specs, runs_dir, kind or gpu.by_memory(devices[0]))
     fit.require(found)
+    memory = check_memory(specs, max((one.host_bytes for one in found.runs.values()), default=0))
+    return [*told, attention, memory, Finding(what="fit", detail=_fits(found, kind is None))]
+
+
+def _fits(found: fit.RecipeFit, in_no_table: bool) -> str:
     told = [*found.unknown.values(), *(_peak(one) for one in found.runs.values())]
-    fits = [Finding(what="fit", detail="; ".join(dict.fromkeys(told)))]
-    return [Finding(what="gpus", detail=said), *attention, *fits]
+    unknown = [f"{found.gpu.name} is in no table, so what a step takes shows when it runs"] * in_no_table
+    uncounted = sorted({f"{key} is not counted" for one in found.runs.values() for key in one.uncounted})
+    return "; ".join(dict.fromkeys([*told, *unknown, *uncounted]))
+
+
+def unused_gpus(specs: Sequence[RunSpec]) -> list[Finding]:
+    """GPUs that stay idle because torch is a CPU build, told on the terminal; nothing where VERL_PLATFORM is set.
+
+    Raises:
+        ValueError: one of the models is not the tiny one, which alone a CPU trains in minutes.
+    """
+    devices = [] if os.environ.get("VERL_PLATFORM", "").strip() else _gpus_of_the_machine()
+    if not devices:
+        return []
+    said = (
+        f"this environment ({sys.prefix}) is the CPU's, and the {len(devices)} GPU(s) here ({devices[0].name}) stay "
+        "unused: launch/env/setup_gpu.sh makes the environment for them"
+    )
+    large = next((spec.model.path for spec in specs if spec.model.path != "tiny"), None)
+    if large is not None:
+        raise ValueError(f"{large} would be trained on the CPU: {said}. If the CPU is meant, say VERL_PLATFORM=cpu.")
+    print(f"note: {said}.", file=sys.stderr)
+    return [Finding(what="gpus", detail=said)]
+
+
+def _gpus_of_the_machine() -> list[gpu.Device]:
+    """Those that are visible; none where nothing can be told of them."""
+    try:
+        return gpu.visible(gpu.query()[0], os.environ)
+    except ValueError:
+        return []
 
 
 def _peak(one: fit.Fit) -> str:
@@ -182,21 +258,50 @@ def check_disk(runs_dir: Path, needed_gb: float = FREE_DISK_GB) -> Finding:
     return Finding(what="disk", detail=f"{free:.0f} GB free for {runs_dir}")
 
 
-def check_memory(specs: Sequence[RunSpec], platform: str) -> Finding:
-    """On a CPU, room for every process of one run."""
-    import psutil  # part of the stack, which check_software has found
+def disk_needed(specs: Sequence[RunSpec], runs_dir: Path) -> float:
+    """GB that must be free for the largest of the runs: what it keeps, one checkpoint more while it saves, logs."""
+    return max([FREE_DISK_GB, *(_checkpoints_to_come(spec, runs_dir) / 1e9 for spec in specs)])
 
-    available = psutil.virtual_memory().available / 1e9
-    if platform != "cpu":
-        return Finding(what="memory", detail=f"{available:.0f} GB available")
+
+def _checkpoints_to_come(spec: RunSpec, runs_dir: Path) -> int:
+    """Bytes beyond those of the run's checkpoints that are there; 0 where its model's size is not known."""
+    folder = run_folder(spec, runs_dir)
+    try:
+        each = 0 if folder.is_done(spec) else estimate.BYTES_PER_PARAMETER * gpu.model_of(spec).parameters
+    except ValueError:
+        return 0
+    return each * (spec.save.keep + 1) - sum(map(_size, folder.checkpoints_dir.rglob("*")))
+
+
+def _size(path: Path) -> int:
+    """0 for a folder, and for a file that another process of a shared study has just removed."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:
+        return 0
+
+
+def check_memory(specs: Sequence[RunSpec], model_bytes: int = 0) -> Finding:
+    """Room for every process of one run on this machine.
+
+    Args:
+        specs: the runs.
+        model_bytes: what of the models lies in it besides, as klreg_verl/experiment/fit.py counts it (host_bytes).
+
+    Raises:
+        ValueError: there is less, or the job may take less.
+    """
+    available = host.memory_available() / 1e9
     workers = max(spec.resources.gpus_per_node for spec in specs)
-    needed = CPU_MEMORY_GB + (workers - 1) * CPU_WORKER_GB
+    needed = CPU_MEMORY_GB + (workers - 1) * CPU_WORKER_GB + model_bytes / 1e9
+    models = f", {model_bytes / 1e9:.1f} GB of it reference and what is offloaded" if model_bytes else ""
     if available < needed:
         raise ValueError(
-            f"{available:.1f} GB of memory are available, a run with {workers} worker(s) on a CPU takes about "
-            f"{needed:.0f} GB (Ray, vLLM, trainer). Close other programs, or use a machine with more memory."
+            f"{available:.1f} GB of memory are available (the machine's, or what the job may take), a run with "
+            f"{workers} worker(s) takes about {needed:.0f} GB (Ray, vLLM, trainer{models}). Close other programs, use "
+            "a machine with more memory, or ask Slurm for more (the profile's memory_gb)."
         )
-    return Finding(what="memory", detail=f"{available:.0f} GB available, about {needed:.0f} GB needed")
+    return Finding(what="memory", detail=f"{available:.0f} GB available, about {needed:.0f} GB needed{models}")
 
 
 def check_files(specs: Sequence[RunSpec]) -> list[Finding]:

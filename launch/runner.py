@@ -157,12 +157,13 @@ def run_all(job: Job, specs: tuple[RunSpec, ...], attempt: Path, display: PlainD
     for spec in specs:
         if spec not in waiting:
             display.skip(spec)
-    files = {spec.run_id: inputs.prepare(spec, root, display.note) for spec in waiting}
     if not waiting:
         return DONE
     if job.profile.platform == "cuda":
-        for finding in preflight.check_gpus(waiting, root):
+        environment = local.session_environment(waiting[0], "cuda")
+        for finding in preflight.check_gpus(waiting, root, environment):
             say(f"{finding.what}: {finding.detail}")
+    files = {spec.run_id: inputs.prepare(spec, root, display.note) for spec in waiting}
     with cluster(job, waiting[0], attempt) as session:
         if job.probe:
             probe(job, waiting[0], session.session.address, files[waiting[0].run_id].model, attempt)
@@ -241,7 +242,7 @@ def cluster(job: Job, spec: RunSpec, attempt: Path) -> Iterator[Watched]:
             nodes.invite(attempt)
             place = replace(place, ip=nodes.gather(profile.form_seconds))
         environment = local.session_environment(spec, profile.platform)
-        with ray_session(None, None, environment, place) as session:
+        with ray_session(place, environment) as session:
             if nodes:
                 added = {name: value for name, value in environment.items() if os.environ.get(name) != value}
                 nodes.send({"head": session.address, "gpus": gpus, "environment": added})

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import atomic_write, cache_root, run_folder, write_json
-from launch import inputs, preflight
+from launch import gpu, inputs, preflight
 from launch import job as job_script
 from launch.job_folder import Job, Submitted, new_folder, runs_of, submissions
 from launch.profile import Profile, seconds
@@ -535,7 +535,13 @@ def prepare(specs: Sequence[RunSpec], profile: Profile, runs_dir: Path, note: in
     """
     if profile.container.kind == "none" and profile.venv is None:
         preflight.check_software()
-    preflight.check_disk(runs_dir)
+        if profile.platform == "cuda":
+            gpu.check_build(gpu.torch_in(os.environ))  # of GPUs a login node tells nothing
+    if profile.platform == "cuda":
+        gpu.check_padding(specs)
+    if name := profile.environment.get("VERL_PLATFORM"):
+        preflight.named_platform(name)
+    preflight.check_disk(runs_dir, preflight.disk_needed(specs, runs_dir))
     preflight.check_folders(specs, runs_dir)
     preflight.check_files(specs)
     for spec in specs:

@@ -49,6 +49,27 @@ def test_planned_paths_are_where_the_builders_build(tmp_path: Path, monkeypatch:
     assert notes == []  # found, not built again
 
 
+def test_a_tiny_model_for_the_gpu_is_trained_in_a_process_of_its_own(tmp_path: Path):
+    """On a CPU, where both ways give the same bits."""
+    from data_prep import tiny_model
+
+    notes: list[tuple[int, int, str]] = []
+    options = tiny_model.TinyModelOptions(**TINY)
+    made = inputs._apart(options, tmp_path / "apart", lambda *told: notes.append(told))
+    here = tiny_model.cache(options, tmp_path / "here", lambda *_: None)
+    assert made.name == here.name and notes[-1][:2] == (1, 1)
+    assert (made / "model.safetensors").read_bytes() == (here / "model.safetensors").read_bytes()
+    assert inputs._apart(options, tmp_path / "apart", pytest.fail) == made  # found, so no process is begun
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU here")
+def test_what_stops_the_tiny_model_on_the_gpu_is_told(tmp_path: Path):
+    spec = only_spec(tmp_path, RECIPE, "model.options.device=cuda")
+    with pytest.raises(ValueError, match="The tiny model could not be made on the GPU: .*torch finds no CUDA device"):
+        inputs.model_folder(spec.model, tmp_path / "cache", lambda text: None)
+    assert not list((tmp_path / "cache").glob("tiny-model-*"))
+
+
 def test_the_cache_lies_beside_the_runs_unless_the_environment_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -18,7 +18,8 @@ from klreg_verl.experiment import plan, recipe
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import run_folder
 from klreg_verl.verl_hooks import names
-from launch import preflight
+from launch import gpu, host, preflight, slurm
+from launch.profile import Profile
 
 RECIPE = """\
 question: q
@@ -68,7 +69,7 @@ def test_another_verl_and_none_at_all_are_refused(monkeypatch: pytest.MonkeyPatc
         preflight.check_software()
 
 
-def test_the_platform_is_what_the_environment_says_or_torch_sees(monkeypatch: pytest.MonkeyPatch):
+def test_the_platform_is_what_the_environment_says_or_torch_was_built_for(monkeypatch: pytest.MonkeyPatch):
     import torch
 
     monkeypatch.setenv("VERL_PLATFORM", " CPU ")
@@ -77,7 +78,78 @@ def test_the_platform_is_what_the_environment_says_or_torch_sees(monkeypatch: py
     assert preflight.detect_platform() == "cuda"
     monkeypatch.delenv("VERL_PLATFORM")
     assert preflight.detect_platform("10.0.0.1:6379") == "cuda"  # whatever this machine has
-    assert preflight.detect_platform() == ("cuda" if torch.cuda.is_available() else "cpu")
+    for built_for, platform in ((None, "cpu"), ("13.0", "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", built_for)
+        assert preflight.detect_platform() == platform
+
+
+@pytest.mark.parametrize("name", ["cuda", "gpu", "amd"])
+def test_a_platform_that_verl_or_we_do_not_know_is_refused(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VERL_PLATFORM", name)
+    with pytest.raises(ValueError, match=f"VERL_PLATFORM={name}: .* cpu and nvidia, by verl's own names.*or unset it"):
+        preflight.detect_platform()
+
+
+def test_a_build_for_cuda_without_a_gpu_is_told_what_is_wrong_and_never_trains_on_the_cpu(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="nvidia-smi is not there.*or train on the CPU with VERL_PLATFORM=cpu"):
+        preflight.check_machine([spec], tmp_path, "cuda")
+    nvidia_smi(tmp_path, "550.1")
+    with pytest.raises(ValueError, match="driver is 550.1, .* Or train on the CPU with VERL_PLATFORM=cpu."):
+        preflight.check_machine([spec], tmp_path, "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES='' hides all 1 GPUs.* with VERL_PLATFORM=cpu."):
+        preflight.check_machine([spec], tmp_path, "cuda")
+
+
+def nvidia_smi(folder: Path, driver: str) -> None:
+    (folder / "nvidia-smi").write_text(
+        f'#!/bin/sh\ncase "$1" in --query-gpu=*) echo "0, GPU-0, NVIDIA H100, 81559, 0, {driver}, Disabled" ;; esac\n'
+    )
+    (folder / "nvidia-smi").chmod(0o755)
+
+
+def test_gpus_that_a_cpus_environment_leaves_idle_are_told_and_a_real_model_is_refused(
+    spec, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(host, "memory_available", lambda: 10 * 10**9)
+    monkeypatch.delenv("VERL_PLATFORM")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def found(one: RunSpec) -> list[str]:
+        return [each.what for each in preflight.check_machine([one], tmp_path, "cpu")]
+
+    large = replace(spec, model=replace(spec.model, path="org/model"))
+    assert found(large) == ["memory"] and capsys.readouterr().err == ""  # a machine without GPUs
+    nvidia_smi(tmp_path, "580.95")
+    assert found(spec) == ["memory", "gpus"]
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and "1 GPU(s) here (NVIDIA H100) stay unused: launch/env/setup_gpu.sh" in note
+    with pytest.raises(
+        ValueError, match="org/model would be trained on the CPU: .*setup_gpu.sh.*say VERL_PLATFORM=cpu"
+    ):
+        found(large)
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    assert found(large) == ["memory"]
+
+
+def test_submitting_refuses_a_cpu_build_where_the_job_would_use_it(spec: RunSpec, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(preflight, "_installed", dict(names.TESTED).__getitem__)
+    monkeypatch.setattr(gpu, "torch_in", lambda _: gpu.Torch(version="2.13.0+cpu", cuda=None, count=0))
+
+    def refused(**keys: object) -> str:
+        with pytest.raises(ValueError) as error:
+            slurm.prepare([spec], Profile(**keys), tmp_path / "runs", pytest.fail)
+        return str(error.value)
+
+    assert "torch 2.13.0+cpu in " in refused() and "a.parquet" in refused(platform="cpu")
+    assert "a.parquet" in refused(venv=sys.prefix)  # not this environment, or one that its profile stands for
+    assert "VERL_PLATFORM=cuda: " in refused(venv=sys.prefix, environment={"VERL_PLATFORM": "cuda"})
+    padded = replace(spec, verl={gpu.PACKED: False})
+    with pytest.raises(ValueError, match="train.micro_batch is not set"):
+        slurm.prepare([padded], Profile(venv=sys.prefix), tmp_path / "runs", pytest.fail)
 
 
 # ---------------------------------------------------------------------------------------------------- machine
@@ -99,13 +171,35 @@ def test_a_runs_folder_that_cannot_be_made_is_refused(tmp_path: Path):
             preflight.check_disk(place)
 
 
-def test_memory_is_counted_per_worker_and_only_on_a_cpu(spec: RunSpec, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10e9))
-    assert preflight.check_memory([spec], "cpu").detail == "10 GB available, about 9 GB needed"
+def test_a_runs_checkpoints_need_room_less_those_that_are_there(spec: RunSpec, tmp_path: Path, monkeypatch):
+    """12 bytes of 1,777,088,000 parameters, 2 kept and one on its way: 63.975 GB. Of the tiny model logs count more."""
+    large = replace(spec, model=replace(spec.model, path="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"))
+    assert preflight.disk_needed([spec, large], tmp_path) == pytest.approx(63.975168)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=60e9))
+    with pytest.raises(ValueError, match=r"60.0 GB free, runs need at least 64 GB"):
+        preflight.check_disk(tmp_path, preflight.disk_needed([large], tmp_path))
+    more = replace(large, save=replace(large.save, keep=5))
+    assert preflight.disk_needed([more], tmp_path) == pytest.approx(2 * 63.975168)
+    unknown = replace(spec, model=replace(spec.model, path="org/model"))
+    assert preflight.disk_needed([spec, unknown], tmp_path) == 2
+    folder = run_folder(large, tmp_path)
+    folder.create(large)
+    folder.checkpoints_dir.mkdir(exist_ok=True)
+    with open(folder.checkpoints_dir / "model.pt", "wb") as file:
+        file.truncate(40 * 10**9)  # no block of it is written
+    assert preflight.disk_needed([large], tmp_path) == pytest.approx(23.975168)
+    folder.set_state("done", step=large.train.steps)
+    assert preflight.disk_needed([large], tmp_path) == 2
+
+
+def test_memory_is_counted_per_worker(spec: RunSpec, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host, "memory_available", lambda: 10 * 10**9)
+    assert preflight.check_memory([spec]).detail == "10 GB available, about 9 GB needed"
     two = replace(spec, resources=replace(spec.resources, gpus_per_node=2))
-    with pytest.raises(ValueError, match=r"10.0 GB of memory are available.* 2 worker\(s\) on a CPU takes about 13 GB"):
-        preflight.check_memory([spec, two], "cpu")  # 9 + 4
-    preflight.check_memory([two], "cuda")
+    with pytest.raises(ValueError, match=r"10.0 GB of memory are available.* 2 worker\(s\) takes about 13 GB"):
+        preflight.check_memory([spec, two])  # 9 + 4
+    with pytest.raises(ValueError, match=r"takes about 11 GB \(Ray, vLLM, trainer, 2.0 GB of it reference and"):
+        preflight.check_memory([spec], 2 * 10**9)
 
 
 def test_a_ray_elsewhere_is_not_judged_by_this_machine_and_our_own_has_one_node(spec: RunSpec, tmp_path, monkeypatch):

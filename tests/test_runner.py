@@ -35,6 +35,16 @@ def test_a_node_without_gpus_is_told_before_ray_starts(tmp_path: Path, monkeypat
     assert not run_folder(one, tmp_path / "runs").path.exists()
 
 
+def test_gpus_are_looked_at_before_a_model_is_trained_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else its own process would be found there as somebody else's."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("KLREG_CACHE", str(tmp_path / "cache"))
+    one = spec(root=str(tmp_path), model=ModelSpec(path="tiny", options={"steps": 1}))
+    with pytest.raises(ValueError, match="nvidia-smi is not there"):
+        runner.run_all(job(tmp_path, one), (one,), tmp_path, PlainDisplay(1))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_one_node_alone_needs_no_meeting_and_so_no_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     @contextmanager
     def no_ray(*_: object):

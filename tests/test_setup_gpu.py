@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,45 @@ def test_no_driver_and_an_old_one_are_refused_before_anything_is_made(driver, tm
     done = setup("--venv", str(venv), "--python", sys.executable, PATH=driver("NVIDIA-SMI has failed"))
     assert done.returncode == 1 and "nvidia-smi does not answer" in done.stderr
     assert not venv.exists()
+
+
+@pytest.fixture
+def harmless(tmp_path: Path) -> str:
+    """This Python without headers, as Debian's is where its -dev package is missing, and without venv and pip: a test
+    whose refusal does not come must not install anything here."""
+    python = tmp_path / "python3.12"
+    cases = f"""case "$1 $2" in -m*) exit 9 ;; *include*) echo {tmp_path} ;; *) exec {sys.executable} "$@" ;; esac"""
+    python.write_text(f"#!/bin/sh\n{cases}\n")
+    python.chmod(0o755)
+    return str(python)
+
+
+@pytest.mark.skipif(shutil.disk_usage("/tmp").free < 30 * 2**30, reason="less than 30 GiB of disk")
+def test_a_folder_whose_parents_are_not_there_is_measured_by_the_nearest_that_is(driver, harmless, tmp_path: Path):
+    venv = tmp_path / "not" / "made" / "yet"
+    done = setup("--venv", str(venv), "--python", harmless, PATH=driver("580.95.05"), CC="no-such-compiler")
+    assert done.returncode == 1 and "cannot go on: there is no C compiler (no-such-compiler)" in done.stderr
+    assert not (tmp_path / "not").exists()
+
+
+def test_no_compiler_and_no_headers_are_refused_in_a_container_too(harmless, tmp_path: Path):
+    program = tmp_path / "cc"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    done = setup("--container", "--python", harmless, CC=str(program))
+    assert done.returncode == 1 and f"cannot go on: {tmp_path}/Python.h is not there" in done.stderr
+    done = setup("--container", "--python", harmless, CC="no-such-compiler")
+    assert done.returncode == 1 and "apt-get install gcc" in done.stderr
+
+
+def test_it_ends_with_where_klreg_is_whatever_the_interpreter_is_called(tmp_path: Path):
+    python = tmp_path / "python3.11"
+    python.symlink_to(sys.executable)
+    scripts = Path(sysconfig.get_path("scripts", vars={"base": sys.base_prefix}))
+    done = setup("--dry-run", "--container", "--python", str(python))
+    assert done.stdout.splitlines()[-1] == f"[setup] ready: {scripts}/klreg"
+    done = setup("--dry-run", "--venv", "/v", "--python", sys.executable)
+    assert done.stdout.splitlines()[-1] == "[setup] ready: /v/bin/klreg"
 
 
 def test_bad_options_and_a_foreign_folder_are_refused(tmp_path: Path):

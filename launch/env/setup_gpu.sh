@@ -50,20 +50,34 @@ check_machine() {
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || true
     case "$driver" in [0-9]*.*) ;; *) refuse "nvidia-smi does not answer. Reboot after a driver update, or have the machine looked at." ;; esac
     [ "$(printf '580.65\n%s\n' "$driver" | sort -V | head -n 1)" = 580.65 ] || refuse "the NVIDIA driver is $driver, CUDA 13 needs 580.65 or newer. Update it; no Python package brings one."
-    local free
-    free=$(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print int($4 / 1048576) }')
-    [ "$free" -ge 25 ] || refuse "$(dirname "$venv") has $free GiB of free disk, the environment needs 25."
+    check_disk
+}
+
+check_disk() {
+    local place free
+    place=$(dirname "$venv")
+    while [ ! -e "$place" ]; do place=$(dirname "$place"); done
+    free=$(df -Pk "$place" | awk 'NR == 2 { print int($4 / 1048576) }') || refuse "df does not say how much disk $place has."
+    [ "$free" -ge 25 ] || refuse "$place has $free GiB of free disk, the environment needs 25. Name another place with --venv."
+}
+
+# As launch/host.py, which klreg run asks: Triton compiles a launcher for each kernel when it first runs.
+check_compiler() {
+    command -v ${CC:-gcc} >/dev/null || command -v ${CC:-clang} >/dev/null || refuse "there is no C compiler (${CC:-gcc or clang}), with which Triton makes the kernels of vLLM and torch ready. Install one: apt-get install gcc."
+    local include
+    include=$("$found" -c 'import sysconfig as s; d = s.get_default_scheme(); print(s.get_paths(scheme="posix_prefix" if d == "posix_local" else d)["include"])')
+    [ -f "$include/Python.h" ] || refuse "$include/Python.h is not there, which each of Triton's launchers includes. Install the headers of $found (apt-get install python3.12-dev, or 3.11's), or name another Python."
 }
 
 found=$(find_python)
 say "Python: $found"
-[ "$dry" = yes ] || check_machine
+[ "$dry" = yes ] || { check_machine; check_compiler; }
 if [ "$container" = yes ]; then
-    inside=$found
+    inside=$found scripts=$("$found" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 else
     [ ! -e "$venv" ] || [ -f "$venv/pyvenv.cfg" ] || refuse "$venv exists and is no environment. Name another with --venv."
     run "$found" -m venv "$venv"
-    inside="$venv/bin/python"
+    inside="$venv/bin/python" scripts="$venv/bin"
 fi
 pip=("$inside" -m pip install --no-deps --no-input --disable-pip-version-check)
 
@@ -76,4 +90,4 @@ esac
 run "${pip[@]}" --no-build-isolation --editable "$root"
 run "$inside" -c 'import torch, transformers, verl, vllm; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
 [ "$container" = yes ] || run "$inside" -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU: is the driver new enough?"; print(torch.cuda.device_count(), "x", torch.cuda.get_device_name())'
-say "ready: ${inside%/python}/klreg"
+say "ready: $scripts/klreg"

@@ -48,6 +48,7 @@ max_parallel: 1
 form_seconds: 240
 requeues: 30
 shared: [{shared}, {root}, {prefix}]
+venv: {prefix}
 object_store_gb: 0.1
 setup:
   - export PATH={shared}/study/bin:$PATH
@@ -57,12 +58,13 @@ setup:
 """
 """Its set-up lays traps that break others: somebody's stale Ray, a folder too long for sockets. Two more are there
 without it: with GPUs Slurm sets ROCm's variable, too, beside which verl refuses to start, and the home has a token of
-somebody's Ray."""
+somebody's Ray. `venv` is named so that `submit` leaves it alone: its torch is the CPU's, which only the runs'
+folder hides (standin/sitecustomize.py)."""
 
 NVIDIA_SMI = """\
 #!/bin/sh
 case "$1" in --query-gpu=*)
-    for i in 0 1 2 3 4 5 6 7; do echo "$i, GPU-$i, Stand-in, 81559, 0, 580.65"; done
+    for i in 0 1 2 3 4 5 6 7; do echo "$i, GPU-$i, Stand-in, 81559, 0, 580.65, [N/A]"; done
 esac
 """
 """Eight GPUs that are in no table, as lab.sh's nodes have them."""

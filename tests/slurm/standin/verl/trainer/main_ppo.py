@@ -14,6 +14,8 @@ import time
 from types import SimpleNamespace
 
 import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from klreg_verl.verl_hooks import checkpoints, stopping
 from klreg_verl.verl_hooks.recorder import Recorder
@@ -46,13 +48,21 @@ def where() -> tuple[str, str]:
     return socket.gethostname(), os.environ["KLREG_SESSION_DIR"]
 
 
+def everywhere(nodes: int) -> list[tuple[str, str]]:
+    """What `where` says on as many nodes, which are reserved first, as verl's resource pool is."""
+    group = placement_group([{"CPU": 1, "GPU": 1}] * nodes, strategy="STRICT_SPREAD")
+    ray.get(group.ready(), timeout=120)
+    places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place) for place in range(nodes)]
+    return ray.get([where.options(scheduling_strategy=place).remote() for place in places])
+
+
 def main() -> None:
     settings = dict(argument.lstrip("+").split("=", 1) for argument in sys.argv[1:])
     nodes, steps = int(settings["trainer.nnodes"]), int(settings["trainer.total_training_steps"])
     every = int(settings["trainer.save_freq"])
     arm, _, fail = os.environ.get("STANDIN_FAIL", ":").partition(":")
     ray.init()
-    used = ray.get([where.options(scheduling_strategy="SPREAD").remote() for _ in range(nodes)])
+    used = everywhere(nodes)
     print("used", sorted(used), flush=True)
     assert len({host for host, _ in used}) == nodes, used
     recorder = Recorder.from_environment()

@@ -1,0 +1,71 @@
+"""What a machine offers a run besides its GPUs: memory it may take, and a compiler for kernels made while it runs."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+CGROUPS, CGROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def memory_available(cgroups: Path = CGROUPS, root: Path = CGROUP_ROOT) -> int:
+    """Bytes that processes of this job may still take: what the machine has free, at most its cgroup's limit."""
+    import psutil  # part of the stack
+
+    return min([int(psutil.virtual_memory().available), *_limits(cgroups, root)])
+
+
+def _limits(cgroups: Path, root: Path) -> Iterator[int]:
+    """Of this process's cgroup and those above it, which hold for it, too; version 1 says no limit as a huge number."""
+    for file in _limit_files(cgroups.read_text() if cgroups.exists() else "", root):
+        said = file.read_text().strip() if file.is_file() else "max"
+        if said.isdecimal():
+            yield int(said)
+
+
+def _limit_files(text: str, root: Path) -> Iterator[Path]:
+    """`number:controllers:path` a line; version 2 names no controllers. A path out of a namespace has `..`."""
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        own = base if ".." in path else base / path.lstrip("/")
+        yield from (folder / name for folder in (own, *own.parents) if folder.is_relative_to(base))
+
+
+def check_compiler(environment: Mapping[str, str], include: Path | None = None) -> str:
+    """A C compiler, as Triton looks for it, and this Python's headers; returns the compiler.
+
+    Args:
+        environment: of the processes that compile.
+        include: where Python.h should be; None: where this Python has it.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    named = [environment["CC"]] if environment.get("CC") else ["gcc", "clang"]
+    found = next(filter(None, (shutil.which(name, path=environment.get("PATH")) for name in named)), None)
+    if found is None:
+        raise ValueError(
+            f"There is no C compiler ({' or '.join(named)} on the PATH), and Triton compiles a launcher for each "
+            "kernel of vLLM and torch when it first runs. Install one (apt-get install gcc), load its module, or name "
+            "it in CC."
+        )
+    header = (include or _include()) / "Python.h"
+    if not header.is_file():
+        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        raise ValueError(
+            f"{header} is not there, and what Triton compiles for each kernel includes it. Install this Python's "
+            f"headers (apt-get install {python}-dev), or make the environment with a Python that has them."
+        )
+    return found
+
+
+def _include() -> Path:
+    """As Triton asks for it; Debian's own scheme names a folder without headers."""
+    scheme = sysconfig.get_default_scheme()
+    return Path(sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"])
