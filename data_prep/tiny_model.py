@@ -177,6 +177,8 @@ def build(options: TinyModelOptions, folder: Path, progress: Progress = print_pr
         FieldError: this machine lacks the options' device.
     """
     _check_device(options.device)
+    if options.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32: three times as fast
     tokenizer = build_tokenizer()
     layout = read_layout(tokenizer)
     with _deterministic(options):

@@ -162,6 +162,17 @@ def test_a_key_that_the_recipe_decides_is_refused_with_the_way_out(key: str, tex
         of(verl={key: 1})
 
 
+def test_what_is_said_twice_and_alike_is_no_contradiction():
+    attention = "actor_rollout_ref.model.override_config.attn_implementation"  # a GPU recipe's, which a CPU has anyway
+    assert pick(of(verl={attention: "sdpa"}), attention) == ("sdpa",)
+    with pytest.raises(ValueError, match="klreg sets this key"):
+        of(verl={attention: "eager"})
+    inside = f"{ACTOR}.fsdp_config.mixed_precision.param_dtype"  # of a mapping that is ours
+    assert pick(of(verl={inside: "fp32"}), inside) == ("fp32",)
+    with pytest.raises(ValueError, match=re.escape("klreg sets actor_rollout_ref.actor.fsdp_config.mixed_precision")):
+        of(verl={inside: "bf16"})
+
+
 # --------------------------------------------------------------------------------------------------- the command line
 
 VALUES: list[Any] = [

@@ -232,17 +232,26 @@ _ONE_PROCESS = {f"{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": _U
 
 
 def _passthrough(block: Mapping[str, Any], ours: Settings) -> Settings:
-    """The recipe's `verl:` block (dotted keys); what the recipe says elsewhere may not be said there again."""
-    for key in block:
+    """The recipe's `verl:` block (dotted keys); what the recipe says elsewhere may not be said otherwise there."""
+    for key, value in block.items():
         if key in _REFUSED:
             raise ValueError(f"verl.{key}: {_REFUSED[key]} Leave it out.")
         same = next((ours_key for ours_key in ours if _overlap(key, ours_key)), None)
-        if same is not None and key not in _CHANGEABLE:
+        if same is not None and key not in _CHANGEABLE and not _is_said(same, ours[same], key, value):
             raise ValueError(
                 f"verl.{key}: klreg sets {'this key' if same == key else same} from the recipe (to {ours[same]!r}). "
                 f"Change the recipe's own key instead{_own_key(key)}."
             )
     return dict(block)
+
+
+def _is_said(ours_key: str, ours: Any, key: str, value: Any) -> bool:
+    """Whether `key` has this value by our setting already: a GPU's sdpa is the CPU's, too."""
+    if not f"{key}.".startswith(f"{ours_key}."):
+        return False
+    for name in filter(None, key.removeprefix(ours_key).split(".")):
+        ours = ours.get(name) if isinstance(ours, Mapping) else None
+    return bool(ours == value)
 
 
 def _overlap(one: str, other: str) -> bool:

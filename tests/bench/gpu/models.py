@@ -6,9 +6,10 @@ No weights can be had everywhere. What a step costs does not depend on them, if 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-from klreg_verl.experiment.architecture import Architecture
+from klreg_verl.experiment.architecture import NAMED, Architecture
 
 
 def write(architecture: Architecture, folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> Path:
@@ -43,3 +44,7 @@ def write(architecture: Architecture, folder: Path, dtype: str = "bfloat16", dev
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+if __name__ == "__main__":
+    write(NAMED["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"], Path(sys.argv[1]), device="cuda")
