@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import sysconfig
@@ -55,14 +56,21 @@ def check_compiler(environment: Mapping[str, str], include: Path | None = None) 
             "kernel of vLLM and torch when it first runs. Install one (apt-get install gcc), load its module, or name "
             "it in CC."
         )
-    header = (include or _include()) / "Python.h"
-    if not header.is_file():
+    own = include or _include()
+    if not any((folder / "Python.h").is_file() for folder in (own, *_searched(environment))):
         python = f"python{sys.version_info.major}.{sys.version_info.minor}"
         raise ValueError(
-            f"{header} is not there, and what Triton compiles for each kernel includes it. Install this Python's "
-            f"headers (apt-get install {python}-dev), or make the environment with a Python that has them."
+            f"{own}/Python.h is not there, and what Triton compiles for each kernel includes it. Install this Python's "
+            f"headers (apt-get install {python}-dev), name their folder in CPATH, or make the environment with a "
+            "Python that has them."
         )
     return found
+
+
+def _searched(environment: Mapping[str, str]) -> list[Path]:
+    """Where a C compiler looks, too."""
+    said = [environment.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH")]
+    return [Path(folder) for folder in os.pathsep.join(said).split(os.pathsep) if folder]
 
 
 def _include() -> Path:

@@ -81,6 +81,13 @@ def test_no_compiler_and_no_headers_are_refused(tmp_path: Path, include: Path):
         host.check_compiler({"PATH": str(tmp_path)}, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["CPATH", "C_INCLUDE_PATH"])
+def test_headers_that_the_compiler_is_told_of_do(tmp_path: Path, include: Path, name: str):
+    gcc = program(tmp_path / "gcc")
+    told = {"PATH": str(tmp_path), name: f"/elsewhere:{include}"}
+    assert host.check_compiler(told, tmp_path / "none") == gcc
+
+
 def test_the_headers_are_looked_for_where_this_python_has_them(tmp_path: Path):
     program(tmp_path / "gcc")
     if not (host._include() / "Python.h").is_file():

@@ -51,7 +51,7 @@ shared: [{shared}, {root}, {prefix}]
 venv: {prefix}
 object_store_gb: 0.1
 setup:
-  - export PATH={shared}/study/bin:$PATH
+  - export PATH={shared}/study/bin:$PATH CPATH={shared}/study/include
   - export RAY_ADDRESS=10.77.0.99:6379
   - export TMPDIR={shared}/a-long-folder-that-a-site-makes-for-every-job/and-a-longer-one-below/which-nobody-expects
   - mkdir -p $TMPDIR
@@ -142,9 +142,12 @@ def write_study(folder: Path) -> None:
     """A user's project whose driver is the stand-in."""
     shutil.copytree(Path(__file__).parent / "standin", folder)
     write_model(folder / "model", network(0), template="{{ messages[0]['content'] }}")
-    (folder / "bin").mkdir()
-    (folder / "bin" / "nvidia-smi").write_text(NVIDIA_SMI)
-    (folder / "bin" / "nvidia-smi").chmod(0o755)
+    for name in ("bin", "include"):
+        (folder / name).mkdir()
+    for name, text in {"nvidia-smi": NVIDIA_SMI, "gcc": "#!/bin/sh\n"}.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "include" / "Python.h").touch()
     row = schema.make_row(
         data_source="mine", prompt="p", ability="none", ground_truth="g", split="train", index=0, meta={}
     )

@@ -2,17 +2,17 @@
 
     KLREG_BENCH_OUT=FOLDER python -m pytest tests/bench/gpu/test_training.py -q -s
 
-keeps report.md, summary.csv and the figures in FOLDER.
+keeps the study, without its checkpoints, as one file in FOLDER.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -38,29 +38,45 @@ LAST = 10
 )
 def test_three_arms_train_and_the_kl_terms_hold_the_policy(tmp_path: Path):
     runs = tmp_path / "runs"
-    flash = importlib.util.find_spec("flash_attn") is not None
-    attention = [] if flash else [f"verl.{key}={value}" for key, value in gpu.WITHOUT_FLASH.items()]
-    command = [sys.executable, "-m", "klreg_verl.cli", "run", str(RECIPE), *attention, "--runs-dir", str(runs)]
+    klreg("run", RECIPE, "--runs-dir", runs)
+    if out := os.environ.get("KLREG_BENCH_OUT"):
+        klreg("report", RECIPE, "--anonymous", "--runs-dir", runs)
+        keep(runs / RECIPE.stem, Path(out))
+    specs = plan.expand(recipe.load(RECIPE))
+    kl = {spec.arm: mean_of_last(runs / spec.recipe / spec.run_id, "kl_ref/k1_response") for spec in specs}
+    assert max(kl["reverse"], kl["forward"]) < kl["none"]
+
+
+def klreg(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "klreg_verl.cli", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=7000)
     print(done.stdout[-4000:])
     assert done.returncode == 0, done.stderr[-4000:]
-    if out := os.environ.get("KLREG_BENCH_OUT"):
-        keep(runs / RECIPE.stem, Path(out))
-    specs = plan.expand(recipe.load(RECIPE, overrides=attention))
-    kl = {spec.arm: mean_of_last(runs / spec.recipe / spec.run_id, "kl_ref/k1_response") for spec in specs}
-    assert max(kl["reverse"], kl["forward"]) < kl["none"]
 
 
 def mean_of_last(folder: Path, key: str) -> float:
     return statistics.mean(line[key] for line in RunFolder(folder).read_metrics()[-LAST:])
 
 
+NOT_KEPT = ("checkpoints", "exports", "tensorboard", "attempts", "latest", ".lock")
+
+
 def keep(study: Path, out: Path) -> None:
-    """What recipes/results has of a study."""
+    """One file with what recipes/results has of a study: report, tables, figures, run folders without checkpoints."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("report.md", "summary.csv"):
-        shutil.copy(study / name, out / name)
-    shutil.copytree(study / "figures", out / "figures", dirs_exist_ok=True)
+    with tarfile.open(out / f"{study.name}.tar.xz", "w:xz") as tar:
+        tar.add(study, study.name, filter=lambda entry: None if Path(entry.name).name in NOT_KEPT else entry)
+
+
+def test_what_is_kept_is_the_study_without_its_checkpoints(tmp_path: Path):
+    run = tmp_path / "study" / "none" / "seed1"
+    for name in ("metrics.jsonl", "checkpoints/global_step_1/weights.pt", "samples/step_000001.parquet"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("x")
+    keep(tmp_path / "study", tmp_path / "out")
+    with tarfile.open(tmp_path / "out" / "study.tar.xz") as tar:
+        files = {entry.name for entry in tar if entry.isfile()}
+    assert files == {"study/none/seed1/metrics.jsonl", "study/none/seed1/samples/step_000001.parquet"}
 
 
 def test_the_recipe_trains_at_least_fifty_steps_of_a_model_between_50_and_150_million_parameters():
