@@ -23,7 +23,7 @@ from klreg_verl.experiment import claims, plan, recipe
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, run_folder
 from klreg_verl.verl_hooks import cpu, overrides
-from launch import inputs, local, preflight
+from launch import gpu, inputs, local, preflight
 from launch.local import Interrupted, Outcome
 from launch.session import End
 
@@ -295,6 +295,7 @@ def test_the_sessions_environment_is_the_users_with_the_platforms_defaults_under
     assert told["OMP_NUM_THREADS"] == "7"
     assert told["VERL_ENGINE_DEVICE"] == cpu.ENVIRONMENT["VERL_ENGINE_DEVICE"]
     assert "VERL_ENGINE_DEVICE" not in local.session_environment(spec, "cuda")
+    assert gpu.ENVIRONMENT.items() <= local.session_environment(spec, "cuda").items()
     monkeypatch.delenv("PYTHONPATH")
     assert local.session_environment(spec, "cuda")["PYTHONPATH"] == spec.root
 
