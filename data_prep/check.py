@@ -96,7 +96,7 @@ def check_model(folder: Path) -> dict[str, int]:
             f"{folder} is not a folder. Name a model folder, or make one (`klreg data tiny-model --help`)."
         )
     config = _read_config(folder)
-    _check_weights(folder)
+    check_weights(folder)
     tokenizer = load_tokenizer(folder)
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -164,7 +164,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> None:
+    """There are weights, and all that an index names. Raises ValueError."""
     found = {path.name for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern)}
     if not found:
         raise ValueError(

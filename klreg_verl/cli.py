@@ -320,6 +320,7 @@ def _settings(spec: RunSpec, root: Path, platform: str) -> dict[str, Any]:
 def _stock_command(spec: RunSpec, root: Path) -> str:
     """A shell script: the KL block as a file in the current folder, then verl's own command."""
     from klreg_verl.verl_hooks import cpu, overrides
+    from launch.host import ray_slots
     from launch.inputs import kl_yaml
 
     platform = _platform()
@@ -327,7 +328,8 @@ def _stock_command(spec: RunSpec, root: Path) -> str:
     environment = {"PYTHONPATH": spec.root}
     if platform == "cpu":
         environment |= cpu.ENVIRONMENT
-        values |= {"ray_kwargs.ray_init.num_cpus": 16, "ray_kwargs.ray_init.num_gpus": spec.resources.gpus_per_node}
+        workers = spec.resources.gpus_per_node
+        values |= {"ray_kwargs.ray_init.num_cpus": ray_slots(workers), "ray_kwargs.ray_init.num_gpus": workers}
     block = kl_yaml(spec).strip()
     command = overrides.verl_command(values, environment)
     _name_missing(spec, root)

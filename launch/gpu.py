@@ -34,8 +34,8 @@ BUSY_BYTES = 2 * GIB
 DEVICES_QUERY = "index,uuid,name,memory.total,memory.used,driver_version,mig.mode.current"
 APPS_QUERY = "gpu_uuid,pid,process_name,used_memory"
 ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "VLLM_NO_USAGE_STATS": "1"}
-"""Of every process on a GPU, unless it says otherwise: CUDA_VISIBLE_DEVICES is checked by nvidia-smi's numbers, which
-go by place, and CUDA's own begin with the fastest; nothing is sent to vLLM's makers."""
+"""Of every process that a run starts on GPUs, unless it says otherwise: CUDA_VISIBLE_DEVICES is checked by nvidia-smi's
+numbers, which go by place, and CUDA's own begin with the fastest; nothing is sent to vLLM's makers."""
 _SECONDS, _TORCH_SECONDS = 30, 300
 
 
@@ -89,8 +89,8 @@ def _ask(what: str, fields: str) -> str:
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines()[:1] or ["nothing"]
         raise ValueError(
-            f"nvidia-smi failed ({said[0]}). The driver's module is not loaded or does not fit its library: reboot "
-            "after a driver update, or have the node looked at."
+            f"nvidia-smi failed ({said[0]}). The driver is much older than {_version(DRIVER)}, or its module is not "
+            "loaded or does not fit its library: reboot after a driver update, or have the node looked at."
         )
     return done.stdout
 
@@ -172,6 +172,11 @@ def _named(name: str, devices: Sequence[Device], said: str) -> Device:
     return found[0]
 
 
+def is_useful(device: Device) -> bool:
+    """Whether some run could use it: whole, large enough, with a driver that knows CUDA 13."""
+    return not device.problem and device.total_bytes >= SMALLEST_BYTES and _numbers(device.driver) >= DRIVER
+
+
 def _check_usable(devices: Sequence[Device], chosen: Sequence[Device], environment: Mapping[str, str]) -> None:
     """There are visible GPUs, and each can be read and is whole. Raises ValueError."""
     if not devices:
@@ -183,7 +188,7 @@ def _check_usable(devices: Sequence[Device], chosen: Sequence[Device], environme
         )
     bad = next((one for one in chosen if one.problem), None)
     if bad is not None:
-        good = ",".join(str(one.index) for one in devices if not one.problem)
+        good = ",".join(str(one.index) for one in chosen if not one.problem)
         way = f"Choose others with CUDA_VISIBLE_DEVICES={good}, or have" if good else "Have"
         label = "A GPU" if bad.index < 0 else f"GPU {bad.index}"
         raise ValueError(f"{label} {bad.problem}. {way} the node looked at.")
@@ -288,9 +293,12 @@ def check_devices(devices: Sequence[Device], apps: Sequence[App], needed: int) -
     return f"{len(devices)} x {devices[0].name}, {gib:.0f} GiB each, driver {devices[0].driver}"
 
 
+def _numbers(driver: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", driver)[:2]))
+
+
 def _check_driver(text: str) -> None:
-    numbers = re.findall(r"\d+", text)[:2]
-    if len(numbers) < 2 or tuple(map(int, numbers)) < DRIVER:
+    if _numbers(text) < DRIVER:
         raise ValueError(
             f"The NVIDIA driver is {text}, the environment's CUDA 13 needs {_version(DRIVER)} or newer: torch would "
             "see no GPU. Update the driver; no container and no Python package brings one."
@@ -512,16 +520,21 @@ def _check_weights(name: str, snapshot: Path) -> None:
 
 
 def _check_snapshot(name: str, snapshot: Path, fetch: str) -> None:
-    """As a model's folder is checked, since nothing can be fetched that it lacks."""
-    from data_prep.check import check_model
+    """All its files are there, since nothing can be fetched that it lacks."""
+    from data_prep.check import check_weights
 
     try:
-        check_model(snapshot)
+        check_weights(snapshot)
     except ValueError as error:
+        lacks = str(error)
+    else:
+        tokenizer = [*snapshot.glob("tokenizer*"), *snapshot.glob("vocab.*")]
+        lacks = "" if tokenizer else f"{snapshot} has no tokenizer."
+    if lacks:
         raise ValueError(
-            f"{name} is in the Hugging Face cache, and HF_HUB_OFFLINE forbids to fetch what is missing there. {error} "
+            f"{name} is in the Hugging Face cache, and HF_HUB_OFFLINE forbids to fetch what is missing there. {lacks} "
             f"If its download was cut: {fetch} where there is a network."
-        ) from None
+        )
 
 
 def _ask_hub(name: str, revision: str | None, fetch: str) -> str:

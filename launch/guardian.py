@@ -44,14 +44,6 @@ POLL_SECONDS = 0.1
 ENGINE_SECONDS = 20.0
 """How long a driver may go on without a vLLM engine that it had; at a run's normal end it is a few."""
 LOOK_SECONDS = 2.0
-RAY_SLOTS = 16
-"""Ray's CPUs are slots here, and with too few a run waits for ever; the fewest that a node is given."""
-
-
-def slots_for(workers: int) -> int:
-    """Slots that verl needs on a node with so many workers: three each in its resource pool, nine for TransferQueue's
-    controller and storage units, and one that is free whenever another actor is placed."""
-    return max(RAY_SLOTS, 3 * workers + 12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +54,8 @@ class Place:
     """Logical on a CPU; None: Ray counts them."""
     object_store_bytes: int | None = None
     """None: Ray's choice."""
-    slots: int = RAY_SLOTS
-    """Ray's CPUs; `slots_for` says how many verl needs."""
+    slots: int = 16
+    """Ray's CPUs; launch/host.py says how many verl needs."""
     ip: str = "127.0.0.1"
     """This node's address, as the other nodes reach it. Ray turns the loopback address into the machine's own."""
     head: str | None = None

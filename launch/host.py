@@ -1,4 +1,4 @@
-"""What a machine offers a run besides its GPUs: memory it may take, and a compiler for kernels made while it runs."""
+"""What a machine offers a run besides its GPUs: slots of Ray, memory, a compiler for kernels made while it runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,19 @@ from pathlib import Path
 CGROUPS, CGROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
+FEWEST_SLOTS = 16
+"""Ray's CPUs are slots here, and with too few a run waits for ever."""
+
+
+def ray_slots(workers: int) -> int:
+    """Slots that verl needs on a node with so many workers: three each in its resource pool, nine for TransferQueue's
+    controller and storage units, and one that is free whenever another actor is placed."""
+    return max(FEWEST_SLOTS, 3 * workers + 12)
+
+
 def memory_available(cgroups: Path = CGROUPS, root: Path = CGROUP_ROOT) -> int:
-    """Bytes that processes of this job may still take: what the machine has free, at most its cgroup's limit."""
+    """Bytes for this job's processes: what the machine has free, at most its cgroup's limit, of which little is taken
+    before a run."""
     import psutil  # part of the stack
 
     return min([int(psutil.virtual_memory().available), *_limits(cgroups, root)])

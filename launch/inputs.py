@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -153,15 +152,18 @@ def _apart(options: TinyModelOptions, cache: Path, report: Progress) -> Path:
 
 
 def _follow(command: list[str], errors: IO[str], report: Progress) -> int:
-    """Run `main` below, tell its progress, return its exit code; it ends with us."""
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**gpu.ENVIRONMENT, **os.environ}
-    )
-    with child, contextlib.ExitStack() as ending:
-        ending.callback(child.kill)
-        for line in child.stdout or ():
-            report(*json.loads(line))
-        return child.wait()
+    """Run `main` below, tell its progress, return its exit code; it ends with us, however we end."""
+    from launch.session import WITH_ITS_PARENT  # which needs the stack, as this does
+
+    ends_with_us = [sys.executable, "-c", WITH_ITS_PARENT, *command]
+    environment = {**gpu.ENVIRONMENT, **os.environ}
+    with subprocess.Popen(ends_with_us, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as child:
+        try:
+            for line in child.stdout or ():
+                report(*json.loads(line))
+            return child.wait()
+        finally:
+            child.kill()
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, run_folder, write_json
+from launch import host
 from launch import profile as profiles
 from launch.profile import Profile
 
@@ -140,7 +141,7 @@ def place_of(profile: Profile, gpus: int, attempt: Path) -> Place:
     return guardian.Place(
         gpus=gpus,
         object_store_bytes=object_store_bytes(profile),
-        slots=max(guardian.slots_for(gpus), profile.cpus_per_node),
+        slots=max(host.ray_slots(gpus), profile.cpus_per_node),
         ports=ports or None,
         scratch=profile.scratch,
         token=str(attempt / TOKEN),

@@ -25,7 +25,7 @@ from klreg_verl.experiment import claims, provenance
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, RunLocked, Status, atomic_write, run_folder, write_json
 from klreg_verl.verl_hooks import checkpoints, cpu, overrides
-from launch import failure, gpu, guardian, inputs, preflight
+from launch import failure, gpu, guardian, host, inputs, preflight
 from launch.display import Display
 from launch.session import AttachedSession, Session, attached_session, ray_session
 
@@ -107,7 +107,7 @@ def _session(
         return attached_session(ray_address, environment)
     workers = max(spec.resources.gpus_per_node for spec in specs)
     logical = {"gpus": workers, "object_store_bytes": OBJECT_STORE_BYTES} if platform == "cpu" else {}
-    return ray_session(guardian.Place(slots=guardian.slots_for(workers), **logical), environment)
+    return ray_session(guardian.Place(slots=host.ray_slots(workers), **logical), environment)
 
 
 def run_one(

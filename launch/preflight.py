@@ -23,8 +23,8 @@ from klreg_verl.verl_hooks.names import TESTED
 from launch import gpu, host, retained
 from launch.inputs import planned_files
 
-CPU_MEMORY_GB = 9.0
-"""What one worker's run took at its peak over all processes (recipes/results/README.md)."""
+CPU_MEMORY_GB = 8.0
+"""One worker's run took 7.3 at its peak over all processes (recipes/results/README.md)."""
 CPU_WORKER_GB = 4.0
 """Each further worker: a trainer process, a vLLM server with its engine and worker. On GPUs the same processes run."""
 FREE_DISK_GB = 2.0
@@ -51,8 +51,8 @@ def detect_platform(ray_address: str | None = None) -> str:
     Raises:
         ValueError: VERL_PLATFORM names none that runs here.
     """
-    chosen = os.environ.get("VERL_PLATFORM", "").strip().lower()
-    if chosen:
+    chosen = os.environ.get("VERL_PLATFORM", "")
+    if chosen.strip():
         return named_platform(chosen)
     if ray_address is not None:
         return "cuda"
@@ -61,11 +61,12 @@ def detect_platform(ray_address: str | None = None) -> str:
     return "cpu" if torch.version.cuda is None and not torch.cuda.is_available() else "cuda"
 
 
-def named_platform(name: str) -> str:
+def named_platform(said: str) -> str:
     """What VERL_PLATFORM means. Raises ValueError."""
+    name = said.strip().lower()
     if name not in PLATFORMS:
         raise ValueError(
-            f"VERL_PLATFORM={name}: runs are made for {' and '.join(PLATFORMS)}, by verl's own names (CUDA is nvidia), "
+            f"VERL_PLATFORM={said}: runs are made for {' and '.join(PLATFORMS)}, by verl's own names (CUDA is nvidia), "
             "and verl would refuse another one in each of its processes. Set one of these, or unset it."
         )
     return PLATFORMS[name]
@@ -125,9 +126,9 @@ def judge_gpus(
     attention = Finding(what="attention", detail=gpu.check_attention(specs))
     kind = gpu.kind_of(devices)
     found = gpu.fit_of(specs, runs_dir, kind or gpu.by_memory(devices[0]))
-    fit.require(found)
+    caution = fit.require(found)
     memory = check_memory(specs, max((one.host_bytes for one in found.runs.values()), default=0))
-    return [*told, attention, memory, Finding(what="fit", detail=_fits(found, kind is None))]
+    return [*told, attention, memory, Finding(what="fit", detail=_fits(found, kind is None) + caution)]
 
 
 def _fits(found: fit.RecipeFit, in_no_table: bool) -> str:
@@ -158,9 +159,9 @@ def unused_gpus(specs: Sequence[RunSpec]) -> list[Finding]:
 
 
 def _gpus_of_the_machine() -> list[gpu.Device]:
-    """Those that are visible; none where nothing can be told of them."""
+    """Those that are visible and that a run could use; none where nothing can be told of them."""
     try:
-        return gpu.visible(gpu.query()[0], os.environ)
+        return [one for one in gpu.visible(gpu.query()[0], os.environ) if gpu.is_useful(one)]
     except ValueError:
         return []
 
@@ -270,7 +271,7 @@ def _checkpoints_to_come(spec: RunSpec, runs_dir: Path) -> int:
         each = 0 if folder.is_done(spec) else estimate.BYTES_PER_PARAMETER * gpu.model_of(spec).parameters
     except ValueError:
         return 0
-    return each * (spec.save.keep + 1) - sum(map(_size, folder.checkpoints_dir.rglob("*")))
+    return each * estimate.checkpoints_at_once(spec) - sum(map(_size, folder.checkpoints_dir.rglob("*")))
 
 
 def _size(path: Path) -> int:

@@ -34,7 +34,7 @@ class Written(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
         ctx.save_for_backward(logits)
         with torch.no_grad():
-            return logprobs.of_tokens(logits, tokens)
+            return logprobs.in_blocks(logits, tokens)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
@@ -99,7 +99,7 @@ def peak(module: Any, packed: bool, temperature: float, what: str) -> float:
         flags["distillation_use_topk"] = True
     batch = TensorDict({"input_ids": ids}, batch_size=[2])
     module.tu.assign_non_tensor(batch, pad_mode=module.DatasetPadMode.NO_PADDING, **flags)
-    module.logprobs_from_logits = lambda logits, labels, **_: (Written.apply if packed else logprobs.of_tokens)(
+    module.logprobs_from_logits = lambda logits, labels, **_: (Written.apply if packed else logprobs.in_blocks)(
         logits, labels
     )
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, record_function("all"):

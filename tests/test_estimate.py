@@ -78,14 +78,29 @@ def test_disk_is_the_checkpoints_kept_one_that_is_being_written_and_the_samples(
     save_file({"a": torch.zeros(10, 20), "b": torch.zeros(5)}, model / "one.safetensors", metadata={"format": "pt"})
     save_file({"c": torch.zeros(3, dtype=torch.bfloat16)}, model / "two.safetensors")
     assert estimate.parameters(model) == 208
-    one = spec(train=TRAIN, save=SaveSpec(keep=3), samples=SamplesSpec(every=4, prompts=2))
+    one = spec(train=TRAIN, save=SaveSpec(every=2, keep=3), samples=SamplesSpec(every=4, prompts=2))
     samples = 3 * 2 * 2 * 100 * 8  # steps 1, 5 and 9; 2 prompts of 2 responses, up to 100 tokens, 8 bytes a token
     assert of(tmp_path, [one], model)[0].disk_bytes == 208 * 12 * (3 + 1) + samples
     assert estimate.samples_bytes(replace(one, samples=SamplesSpec(every=0))) == 0
 
 
+@pytest.mark.parametrize(
+    ("every", "at_end", "expected"),
+    [
+        (2, True, 3),  # after 2, 4, ..., 10: the two kept and one on its way
+        (6, True, 2),  # after 6 and 10
+        (6, False, 1),  # after 6
+        (1000, True, 1),
+        (1000, False, 1),  # none, unless it is asked to stop
+    ],
+)
+def test_no_more_checkpoints_are_counted_than_a_run_saves(every: int, at_end: bool, expected: int):
+    one = spec(train=TRAIN, save=SaveSpec(every=every, keep=2, at_end=at_end))
+    assert estimate.checkpoints_at_once(one) == expected
+
+
 def test_a_checkpoint_that_is_there_says_more_than_the_model(tmp_path: Path):
-    one = spec(train=TRAIN, save=SaveSpec(keep=2), samples=SamplesSpec(every=0))
+    one = spec(train=TRAIN, save=SaveSpec(every=2, keep=2), samples=SamplesSpec(every=0))
     folder = measured(tmp_path, one)
     step = folder.checkpoints_dir / "global_step_2" / "actor"
     step.mkdir(parents=True)

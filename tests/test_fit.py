@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -102,13 +103,6 @@ def test_an_offloaded_actor_is_on_the_host():
     reference = fit.fit(run(), R1, H100).host_bytes
     # weights and gradients are pinned as the reference is, the moments are not
     assert found.host_bytes == 3 * reference + 8 * 1_777_088_000
-
-
-def test_mappings_inside_the_verl_block_are_read_too():
-    inside = {"actor_rollout_ref.actor.fsdp_config": {"offload_policy": True}}
-    assert fit.memory(run(verl=inside), R1, H100) == fit.memory(
-        run(verl=said(actor__fsdp_config__offload_policy=True)), R1, H100
-    )
 
 
 def test_activations_and_the_larger_of_logits_and_one_layer_by_hand():
@@ -336,15 +330,18 @@ def test_a_refusal_has_numbers_and_a_layout_that_fits():
     assert f"resources.gpus_per_node={best.resources.gpus_per_node}" in str(caught.value)
 
 
-def test_what_is_not_counted_is_said_and_makes_a_refusal_a_warning():
+@pytest.mark.parametrize("size", [0, None, "all"])
+def test_a_group_of_no_gpus_is_refused_in_words(size: object):
+    with pytest.raises(ValueError, match=f"fsdp_config.fsdp_size is {size!r}: give a number of GPUs, or -1"):
+        fit.fit(run(verl=said(actor__fsdp_config__fsdp_size=size)), R1, H100)
+
+
+def test_what_is_not_counted_is_said_and_makes_a_refusal_a_caution():
     lora = run(verl=said(model__lora_rank=32), resources=ResourcesSpec(), model=ModelSpec(path=BIG.name))
     found = fit.fit_all([lora], H100, lambda _: BIG)
     told = "\n".join(fit.lines(found))
     assert "not counted: actor_rollout_ref.model.lora_rank=32" in told and "DOES NOT FIT" in told
-    with pytest.warns(
-        UserWarning, match=r"does not fit 1 GPU\. .* does not count actor_rollout_ref.model.lora_rank=32"
-    ):
-        fit.require(found)
+    assert re.match(r"; caution: .* does not fit 1 GPU\. ", fit.require(found))
 
 
 def test_a_run_of_which_all_is_counted_is_refused_beside_one_of_which_it_is_not():
@@ -357,7 +354,7 @@ def test_a_run_of_which_all_is_counted_is_refused_beside_one_of_which_it_is_not(
 def test_keys_that_change_nothing_are_not_named():
     harmless = said(model__lora_rank=0, actor__strategy="fsdp2", rollout__gpu_memory_utilization=0.6)
     assert fit.uncounted(run(verl=harmless | {"trainer.balance_batch": False})) == ()
-    mixed = {"actor_rollout_ref.actor.fsdp_config": {"mixed_precision": {"param_dtype": "fp32"}}}
+    mixed = said(actor__fsdp_config__mixed_precision__param_dtype="fp32")
     assert fit.uncounted(run(verl=mixed)) == ("actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32",)
 
 

@@ -268,16 +268,16 @@ def test_a_gpu_that_no_table_has_is_judged_by_its_memory_alone(nvidia_smi, rest,
 
 
 def test_preflight_counts_the_hosts_memory_with_what_the_models_take_there(nvidia_smi, rest, tmp_path, monkeypatch):
-    """9 GB, 4 for each of 7 more workers, and what fit says."""
+    """8 GB, 4 for each of 7 more workers, and what fit says."""
     nvidia_smi(EIGHT)
     one = run(verl=WITHOUT)
     models = gpu.fit_of([one], tmp_path, gpu_named("H100")).runs[one.run_id].host_bytes / 1e9
     found = {each.what: each.detail for each in preflight.check_gpus([one], tmp_path)}
-    assert found["memory"].startswith(f"500 GB available, about {9 + 7 * 4 + models:.0f} GB needed, {models:.1f} GB of")
-    monkeypatch.setattr(host, "memory_available", lambda: int((36.9 + models) * 10**9))
+    assert found["memory"].startswith(f"500 GB available, about {8 + 7 * 4 + models:.0f} GB needed, {models:.1f} GB of")
+    monkeypatch.setattr(host, "memory_available", lambda: int((35.9 + models) * 10**9))
     with pytest.raises(ValueError, match=r"GB of memory .*8 worker\(s\) takes about .* ask Slurm for .*memory_gb"):
         preflight.check_gpus([one], tmp_path)
-    monkeypatch.setattr(host, "memory_available", lambda: int((37.1 + models) * 10**9))
+    monkeypatch.setattr(host, "memory_available", lambda: int((36.1 + models) * 10**9))
     preflight.check_gpus([one], tmp_path)
 
 

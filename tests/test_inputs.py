@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from klreg_verl.experiment import plan, recipe
@@ -60,6 +63,21 @@ def test_a_tiny_model_for_the_gpu_is_trained_in_a_process_of_its_own(tmp_path: P
     assert made.name == here.name and notes[-1][:2] == (1, 1)
     assert (made / "model.safetensors").read_bytes() == (here / "model.safetensors").read_bytes()
     assert inputs._apart(options, tmp_path / "apart", pytest.fail) == made  # found, so no process is begun
+
+
+PARENT = """
+import sys
+from launch import inputs
+child = "import json, os, time; print(json.dumps([0, 1, str(os.getpid())]), flush=True); time.sleep(60)"
+inputs._follow([sys.executable, "-c", child], sys.stderr, lambda done, total, text: print(text, flush=True))
+"""
+
+
+def test_that_process_ends_with_whoever_waits_for_it():
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.terminate()
+    child.wait(10)
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU here")

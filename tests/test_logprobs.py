@@ -21,7 +21,7 @@ def problem(rows: int, width: int, dtype: torch.dtype = F64) -> tuple[torch.Tens
 def test_two_tokens_by_hand():
     # logits (log 3, 0): p = (3/4, 1/4); of the first token, d/dz = (1 - 3/4, -1/4)
     logits = torch.tensor([[math.log(3.0), 0.0]], dtype=F64, requires_grad=True)
-    found = logprobs.of_tokens(logits, torch.tensor([0]))
+    found = logprobs.in_blocks(logits, torch.tensor([0]))
     assert found.item() == pytest.approx(math.log(0.75), abs=1e-15)
     (gradient,) = torch.autograd.grad(found.sum(), logits)
     assert gradient[0].tolist() == pytest.approx([0.25, -0.25], abs=1e-15)
@@ -31,7 +31,7 @@ def test_two_tokens_by_hand():
 def test_values_and_gradients_are_log_softmaxs_however_the_rows_are_cut(elements: int, monkeypatch):
     monkeypatch.setattr(logprobs, "BLOCK_ELEMENTS", elements)  # one row, two rows of 33 (the last alone), all
     logits, tokens, upstream = problem(5, 33)
-    found, expected = logprobs.of_tokens(logits, tokens), exact.of_tokens(logits, tokens)
+    found, expected = logprobs.in_blocks(logits, tokens), exact.of_tokens(logits, tokens)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
     ours, theirs = (torch.autograd.grad(values, logits, upstream)[0] for values in (found, expected))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
@@ -40,14 +40,14 @@ def test_values_and_gradients_are_log_softmaxs_however_the_rows_are_cut(elements
 def test_leading_dimensions_are_kept_and_the_gradient_is_checked_numerically():
     logits, tokens, _ = problem(6, 7)
     shaped = logits.detach().reshape(2, 3, 7).requires_grad_()
-    found = logprobs.of_tokens(shaped, tokens.reshape(2, 3))
+    found = logprobs.in_blocks(shaped, tokens.reshape(2, 3))
     assert found.shape == (2, 3)
-    assert torch.autograd.gradcheck(lambda each: logprobs.of_tokens(each, tokens.reshape(2, 3)), shaped)
+    assert torch.autograd.gradcheck(lambda each: logprobs.in_blocks(each, tokens.reshape(2, 3)), shaped)
 
 
 def test_half_precision_is_computed_in_float32_and_its_gradient_rounded_once():
     logits, tokens, upstream = problem(64, 500, torch.bfloat16)
-    found = logprobs.of_tokens(logits, tokens)
+    found = logprobs.in_blocks(logits, tokens)
     wide = logits.detach().double().requires_grad_()
     expected = exact.of_tokens(wide, tokens)
     assert found.dtype == torch.float32
@@ -60,15 +60,15 @@ def test_half_precision_is_computed_in_float32_and_its_gradient_rounded_once():
 
 def test_an_impossible_token_is_minus_infinity_and_gives_no_nan_to_the_others():
     logits = torch.tensor([[0.0, -math.inf, 0.0]], dtype=F64, requires_grad=True)
-    assert logprobs.of_tokens(logits, torch.tensor([1])).item() == -math.inf
-    (gradient,) = torch.autograd.grad(logprobs.of_tokens(logits, torch.tensor([0])).sum(), logits)
+    assert logprobs.in_blocks(logits, torch.tensor([1])).item() == -math.inf
+    (gradient,) = torch.autograd.grad(logprobs.in_blocks(logits, torch.tensor([0])).sum(), logits)
     assert gradient[0].tolist() == [0.5, 0.0, -0.5]
 
 
 def test_an_overwritten_input_is_noticed():
     logits, tokens, _ = problem(3, 5)
     inner = logits * 1.0
-    found = logprobs.of_tokens(inner, tokens)
+    found = logprobs.in_blocks(inner, tokens)
     inner.mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         found.sum().backward()

@@ -123,6 +123,8 @@ def test_gpus_that_a_cpus_environment_leaves_idle_are_told_and_a_real_model_is_r
 
     large = replace(spec, model=replace(spec.model, path="org/model"))
     assert found(large) == ["memory"] and capsys.readouterr().err == ""  # a machine without GPUs
+    nvidia_smi(tmp_path, "470.10")
+    assert found(large) == ["memory"]  # no run could use it
     nvidia_smi(tmp_path, "580.95")
     assert found(spec) == ["memory", "gpus"]
     note = capsys.readouterr().err
@@ -173,6 +175,7 @@ def test_a_runs_folder_that_cannot_be_made_is_refused(tmp_path: Path):
 
 def test_a_runs_checkpoints_need_room_less_those_that_are_there(spec: RunSpec, tmp_path: Path, monkeypatch):
     """12 bytes of 1,777,088,000 parameters, 2 kept and one on its way: 63.975 GB. Of the tiny model logs count more."""
+    spec = replace(spec, train=replace(spec.train, steps=10), save=replace(spec.save, every=1))
     large = replace(spec, model=replace(spec.model, path="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"))
     assert preflight.disk_needed([spec, large], tmp_path) == pytest.approx(63.975168)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=60e9))
@@ -194,12 +197,12 @@ def test_a_runs_checkpoints_need_room_less_those_that_are_there(spec: RunSpec, t
 
 def test_memory_is_counted_per_worker(spec: RunSpec, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(host, "memory_available", lambda: 10 * 10**9)
-    assert preflight.check_memory([spec]).detail == "10 GB available, about 9 GB needed"
+    assert preflight.check_memory([spec]).detail == "10 GB available, about 8 GB needed"
     two = replace(spec, resources=replace(spec.resources, gpus_per_node=2))
-    with pytest.raises(ValueError, match=r"10.0 GB of memory are available.* 2 worker\(s\) takes about 13 GB"):
-        preflight.check_memory([spec, two])  # 9 + 4
-    with pytest.raises(ValueError, match=r"takes about 11 GB \(Ray, vLLM, trainer, 2.0 GB of it reference and"):
-        preflight.check_memory([spec], 2 * 10**9)
+    with pytest.raises(ValueError, match=r"10.0 GB of memory are available.* 2 worker\(s\) takes about 12 GB"):
+        preflight.check_memory([spec, two])  # 8 + 4
+    with pytest.raises(ValueError, match=r"takes about 11 GB \(Ray, vLLM, trainer, 3.0 GB of it reference and"):
+        preflight.check_memory([spec], 3 * 10**9)
 
 
 def test_a_ray_elsewhere_is_not_judged_by_this_machine_and_our_own_has_one_node(spec: RunSpec, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from verl_stack import FILES, FORWARD, REVERSE, compose, import_verl, need_stack
 from klreg_verl.core import logprobs
 from klreg_verl.experiment.settings import KLSpec, LoggingSpec, TaskSpec, TrainSpec
 from klreg_verl.verl_hooks import checkpoints, names, overrides
-from launch import guardian
+from launch import host
 
 HOOKS = Path(overrides.__file__).parent
 
@@ -386,9 +386,7 @@ def test_a_node_has_the_slots_that_verls_actors_wait_for(workers: int):
     pool = importlib.import_module("verl.single_controller.ray.base").ResourcePoolManager
     units = compose().transfer_queue.backend.SimpleStorage.num_data_storage_units
     assert (pool.max_colocate_count, units) == (3, 8)
-    assert (
-        guardian.slots_for(workers) > pool.max_colocate_count * workers + units + 1
-    )  # with the controller, and one free
+    assert host.ray_slots(workers) > pool.max_colocate_count * workers + units + 1  # with the controller, and one free
 
 
 def test_log_probabilities_in_blocks_are_verls():
@@ -396,10 +394,10 @@ def test_log_probabilities_in_blocks_are_verls():
     logits = torch.randn(40, 300, generator=generator).requires_grad_()
     tokens, upstream = torch.randint(0, 300, (40,), generator=generator), torch.randn(40, generator=generator)
     verls = resolve(f"{FUNCTIONAL}:logprobs_from_logits_v2")
-    assert verls is not logprobs.of_tokens and "logprobs_from_logits_v2(logits, labels)" in source(
+    assert verls is not logprobs.in_blocks and "logprobs_from_logits_v2(logits, labels)" in source(
         f"{FUNCTIONAL}:logprobs_from_logits"
     )
-    ours, theirs = (function(logits, tokens) for function in (logprobs.of_tokens, verls))
+    ours, theirs = (function(logits, tokens) for function in (logprobs.in_blocks, verls))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
     gradients = [torch.autograd.grad(values, logits, upstream)[0] for values in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)

@@ -383,6 +383,29 @@ def test_chunks_of_tokens_change_nothing(monkeypatch: pytest.MonkeyPatch):
         torch.testing.assert_close(gradient, weights[:, None] * (p - q))
 
 
+def test_beta_is_not_rounded_to_the_logits_precision():
+    need_stack()
+    import_verl()
+    module = importlib.import_module(f"{HOOKS}.exact")
+    draw = torch.Generator().manual_seed(0)
+    policy, reference = (torch.randn(5, 7, generator=draw).bfloat16() for _ in range(2))
+    gradients = []
+    for beta in (1.0, 0.001):  # the second is no bfloat16: the nearest is 0.2 % off
+        leaf = policy.clone().requires_grad_()
+        (module.per_token(core.full_forward, leaf, reference) * beta).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.tensor(0.001).bfloat16().item() != 0.001
+    assert torch.equal(gradients[1], (gradients[0].float() * 0.001).bfloat16())
+
+
+def test_weights_are_read_once_copies_to_the_host_have_arrived(alone: None, monkeypatch: pytest.MonkeyPatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    importlib.import_module(f"{HOOKS}.reference").local_shards(torch.nn.Linear(2, 2))
+    assert waited == [True]
+
+
 def test_logits_of_other_vocabularies_are_refused():
     need_stack()
     import_verl()

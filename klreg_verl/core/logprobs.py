@@ -22,16 +22,16 @@ def blocks(rows: int, width: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
+def in_blocks(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities of the tokens, (..., V), (...) -> (...) in nats, in float32 or wider.
 
     The logits may not be overwritten before the backward pass.
     """
     rows = logits.reshape(-1, logits.shape[-1])
-    return _OfTokens.apply(rows, tokens.reshape(-1)).reshape(tokens.shape)
+    return _InBlocks.apply(rows, tokens.reshape(-1)).reshape(tokens.shape)
 
 
-class _OfTokens(torch.autograd.Function):
+class _InBlocks(torch.autograd.Function):
     """log p(t) of each row."""
 
     @staticmethod

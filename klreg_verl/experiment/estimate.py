@@ -87,8 +87,18 @@ def _estimate(spec: RunSpec, folder: RunFolder, step: float | None, checkpoint: 
         step_seconds=step,
         hours_left=hours,
         gpu_hours_left=None if hours is None else hours * spec.resources.world_size,
-        disk_bytes=None if checkpoint is None else checkpoint * (spec.save.keep + 1) + samples_bytes(spec),
+        disk_bytes=None if checkpoint is None else checkpoint * checkpoints_at_once(spec) + samples_bytes(spec),
     )
+
+
+def checkpoints_at_once(spec: RunSpec) -> int:
+    """The most that a run has on disk: what it keeps and the one that it writes, but no more than it ever saves.
+
+    A run that is asked to stop saves, too, so one at least.
+    """
+    save, steps = spec.save, spec.train.steps
+    saved = steps // save.every + (save.at_end and steps % save.every > 0)
+    return min(save.keep + 1, max(1, saved))
 
 
 def step_seconds(folder: RunFolder) -> float | None:

@@ -23,7 +23,6 @@ the CPU's allocator (tests/test_fit.py does it again).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -283,7 +282,9 @@ def _weight_bytes(spec: RunSpec, engine: str) -> int:
 
 def _group(spec: RunSpec, engine: str) -> int:
     """GPUs over which weights are shared: fsdp_size, else all."""
-    size, most = int(_said(spec, f"{engine}.fsdp_size", -1)), spec.resources.world_size
+    size, most = _said(spec, f"{engine}.fsdp_size", -1), spec.resources.world_size
+    if not isinstance(size, int) or size == 0:
+        raise ValueError(f"verl.{engine}.fsdp_size is {size!r}: give a number of GPUs, or -1 for all of them.")
     return most if size < 0 else min(size, most)
 
 
@@ -503,8 +504,8 @@ def _max_sequences(spec: RunSpec) -> int:
 
 
 def _said(spec: RunSpec, key: str, otherwise: Any) -> Any:
-    """A key of the recipe's `verl` block, else verl's default."""
-    return _flat(spec.verl).get(key, otherwise)
+    """A key of the recipe's `verl` block (dotted: recipes are flattened), else verl's default."""
+    return spec.verl.get(key, otherwise)
 
 
 def _is_set(spec: RunSpec, key: str) -> bool:
@@ -512,18 +513,9 @@ def _is_set(spec: RunSpec, key: str) -> bool:
     return bool(_said(spec, key, False))
 
 
-def _flat(block: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Dotted keys, also of mappings inside."""
-    found: dict[str, Any] = {}
-    for key, value in block.items():
-        inner = isinstance(value, Mapping)
-        found |= _flat(value, f"{before}{key}.") if inner else {before + key: value}
-    return found
-
-
 def uncounted(spec: RunSpec) -> tuple[str, ...]:
     """Keys of the run's `verl:` block whose part in memory is not in the arithmetic, `key=value`."""
-    return tuple(f"{key}={value}" for key, value in _flat(spec.verl).items() if not _is_harmless(key, value))
+    return tuple(f"{key}={value}" for key, value in spec.verl.items() if not _is_harmless(key, value))
 
 
 def _is_harmless(key: str, value: Any) -> bool:
@@ -776,7 +768,7 @@ def table(one: Fit) -> list[str]:
     return [
         *rows,
         f"peak {one.training_bytes / GIB:.1f} GiB training, {one.rollout_bytes / GIB:.1f} GiB rollout, "
-        f"of {room:.1f} GiB; host {one.host_bytes / GIB:.1f} GiB a node, pinned",
+        f"of {room:.1f} GiB; host {one.host_bytes / GIB:.1f} GiB a node",
         f"{one.tokens_per_step:,} tokens a step at most, {one.micro_batch_tokens:,} a micro-batch; an engine's cache "
         f"holds {one.kv_tokens:,} tokens, {one.sequences} sequences of full length",
         f"step {one.time.seconds:.1f} s ({one.time.said})",
@@ -804,18 +796,19 @@ def _total(found: RecipeFit) -> str:
     return f"whole recipe on {found.gpu.name}: {hours}{refused}"
 
 
-def require(found: RecipeFit) -> None:
+def require(found: RecipeFit) -> str:
     """Refuse what cannot fit, with the numbers and, where there is one, a layout that fits.
 
+    Returns what is only a caution: of runs that do not fit by arithmetic which leaves out something that they set.
+
     Raises:
-        ValueError: a run does not fit. Of runs that set something which is not counted it is only a warning.
+        ValueError: a run does not fit.
     """
     refused = [run for run in found.problems if not found.runs[run].uncounted]
     if refused:
         raise ValueError(_refusal(found, refused[0]))
-    if run := next(iter(found.problems), None):
-        keys = ", ".join(found.runs[run].uncounted)
-        warnings.warn(f"{_refusal(found, run)} That is arithmetic which does not count {keys}.", stacklevel=2)
+    run = next(iter(found.problems), None)
+    return "" if run is None else f"; caution: {_refusal(found, run)}"
 
 
 def _refusal(found: RecipeFit, run: str) -> str:

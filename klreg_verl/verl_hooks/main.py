@@ -9,12 +9,13 @@ from klreg_verl.verl_hooks import plugin
 
 
 def main() -> None:
-    """Check the plugin, say on what the run computes, then hand over to verl."""
+    """Say on what the run computes, check the plugin, then hand over to verl."""
     from verl.plugin.platform import get_platform
+
+    print(f"[klreg] platform: {get_platform().device_name}", flush=True)
     from verl.trainer import main_ppo
 
     plugin.require_active()
-    print(f"[klreg] platform: {get_platform().device_name}", flush=True)
     main_ppo.main()
 
 

@@ -57,7 +57,7 @@ def _logprobs_in_blocks(module: ModuleType) -> None:
     row of the vocabulary for each until the backward pass. The same numbers, some hundred rows at a time."""
     from klreg_verl.core import logprobs
 
-    module.logprobs_from_logits_v2 = logprobs.of_tokens
+    module.logprobs_from_logits_v2 = logprobs.in_blocks
 
 
 def _own_sockets(module: ModuleType) -> None:

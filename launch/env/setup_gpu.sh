@@ -66,6 +66,8 @@ check_compiler() {
     command -v ${CC:-gcc} >/dev/null || command -v ${CC:-clang} >/dev/null || refuse "there is no C compiler (${CC:-gcc or clang}), with which Triton makes the kernels of vLLM and torch ready. Install one: apt-get install gcc."
     local include
     include=$("$found" -c 'import sysconfig as s; d = s.get_default_scheme(); print(s.get_paths(scheme="posix_prefix" if d == "posix_local" else d)["include"])')
+    local place
+    for place in $(echo "${CPATH:-}:${C_INCLUDE_PATH:-}" | tr : ' '); do [ ! -f "$place/Python.h" ] || include=$place; done
     [ -f "$include/Python.h" ] || refuse "$include/Python.h is not there, which each of Triton's launchers includes. Install the headers of $found (apt-get install python3.12-dev, or 3.11's), or name another Python."
 }
 

@@ -26,7 +26,7 @@ def test_forward_and_backward(what: str, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(tokens, vocabulary, generator=generator).to(dtype).requires_grad_()
     chosen = torch.randint(0, vocabulary, (tokens,), generator=generator)
-    functions = {"ours": logprobs.of_tokens, "verl": functional.logprobs_from_logits_v2}
+    functions = {"ours": logprobs.in_blocks, "verl": functional.logprobs_from_logits_v2}
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(TURNS + 1):
         for name in functions if turn % 2 else reversed(functions):
