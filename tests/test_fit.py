@@ -416,7 +416,7 @@ def test_time_by_arithmetic_says_so_and_adds_up_by_hand():
     read = 2 * 1_777_088_000 + 128 * (1024 + 4096) * 28_672
     assert found.stages["generation"] == pytest.approx(8192 * read / (3.35e12 * 0.5))
     assert found.source == "arithmetic"
-    assert found.said.startswith("arithmetic, within about a factor of two where a step takes minutes: every response at its longest")
+    assert found.said.startswith("arithmetic, within about a factor of two where a step takes minutes: every response")
 
 
 def test_a_full_step_of_the_published_run_is_below_the_published_ceiling():

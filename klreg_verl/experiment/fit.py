@@ -572,8 +572,8 @@ def step_time(spec: RunSpec, model: Architecture, gpu: GPU, measured: Sequence[M
     own = sum(stages.values())
     nearest = _nearest(spec, measured)
     if nearest is None:
-        assumed = f"{MFU:.0%} of peak, {DECODE_BANDWIDTH:.0%} of bandwidth"
-        said = f"arithmetic, within about a factor of two where a step takes minutes: every response at its longest, {assumed}"
+        assumed = f"every response at its longest, {MFU:.0%} of peak, {DECODE_BANDWIDTH:.0%} of bandwidth"
+        said = f"arithmetic, within about a factor of two where a step takes minutes: {assumed}"
         return Time(seconds=own, source="arithmetic", said=said, stages=stages)
     other, seconds = nearest.spec, nearest.seconds
     if same_work(spec, other):
