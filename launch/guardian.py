@@ -179,7 +179,6 @@ class Guardian:
         self.engines = EngineWatch()
         self.lost: str | None = None
         self.lasting: set[psutil.Process] = set()
-        self.rays: dict[psutil.Process, str] = {}
         self.keeper = os.getpid()
         self.segments = self.folder / "segments"
         self.listed: set[str] = set()
@@ -203,12 +202,14 @@ class Guardian:
         return address.read_text().strip()
 
     def lost_ray(self) -> str | None:
-        """Which of Ray's own processes is gone: verl would ask it for minutes before it gave up."""
-        gone = [process for process in self.lasting if not _is_alive(process)]
-        self.rays |= {process: _name(process) for process in self.lasting if process not in gone}
-        names = [self.rays.get(process, "") for process in gone]
-        vital = next((name for name in names if name in ("gcs_server", "raylet")), None)
-        return LOST_RAY.format(name=vital) if vital else None
+        """Which of Ray's own processes is not there: verl would ask it for minutes before it gave up, or for ever.
+
+        By what is alive, and not by what was seen to end: a raylet may be killed before anybody has looked at it.
+        """
+        alive = {_name(process) for process in self.lasting if _is_alive(process)}
+        vital = ("gcs_server", "raylet") if self.place.head is None else ("raylet",)
+        gone = next((name for name in vital if name not in alive), None)
+        return LOST_RAY.format(name=gone) if gone else None
 
     def start_run(self, argv: list[str], environment: dict[str, str], log: str) -> None:
         """Start a run's driver; its output goes to `log`."""

@@ -195,12 +195,17 @@ def test_ray_that_does_not_start_is_told_in_its_own_words():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("when", ["during the run", "before it, which nobody saw"])
 @pytest.mark.parametrize("process", ["gcs_server", "raylet"])
-def test_a_ray_whose_process_is_killed_ends_the_run_with_that_reason(tmp_path: Path, process: str):
+def test_a_ray_whose_process_is_killed_ends_the_run_with_that_reason(tmp_path: Path, process: str, when: str):
     with ray_session(Place(gpus=1, object_store_bytes=STORE), os.environ) as session:
+        victim = next(one for one in below(psutil.Process(session._process.pid)) if one.name() == process)
+        if when != "during the run":
+            victim.kill()
         session.start([sys.executable, "-c", "import time; time.sleep(100)"], {}, tmp_path / "log")
-        assert session.wait(1.0) is None
-        next(one for one in below(psutil.Process(session._process.pid)) if one.name() == process).kill()
+        if when == "during the run":
+            assert session.wait(1.0) is None
+            victim.kill()
         end = session.wait(30)
     assert end is not None and end.code == -9
     assert end.lost == f"Ray's {process} was killed, so the run was stopped"
