@@ -179,6 +179,7 @@ class Guardian:
         self.engines = EngineWatch()
         self.lost: str | None = None
         self.lasting: set[psutil.Process] = set()
+        self.vital: tuple[str, ...] = ()
         self.keeper = os.getpid()
         self.segments = self.folder / "segments"
         self.listed: set[str] = set()
@@ -199,6 +200,7 @@ class Guardian:
         if code or not address.is_file():
             raise RuntimeError("Ray did not start:\n" + "\n".join(log.read_text().splitlines()[-15:]))
         self.lasting = set(psutil.Process().children())
+        self.vital = ("gcs_server", "raylet") if self.place.head is None else ("raylet",)
         return address.read_text().strip()
 
     def lost_ray(self) -> str | None:
@@ -207,8 +209,7 @@ class Guardian:
         By what is alive, and not by what was seen to end: a raylet may be killed before anybody has looked at it.
         """
         alive = {_name(process) for process in self.lasting if _is_alive(process)}
-        vital = ("gcs_server", "raylet") if self.place.head is None else ("raylet",)
-        gone = next((name for name in vital if name not in alive), None)
+        gone = next((name for name in self.vital if name not in alive), None)
         return LOST_RAY.format(name=gone) if gone else None
 
     def start_run(self, argv: list[str], environment: dict[str, str], log: str) -> None:
