@@ -5,8 +5,8 @@
 prints the table, and keeps it in the folder KLREG_BENCH_OUT if that is set, after each length.
 
 Random weights of DeepSeek-R1-Distill-Qwen-1.5B's architecture; every response has its full length. The arms follow each
-other in one run (arms_in_turn.py), those that need more memory later, since torch's peak is the run's so far. Beside
-what is measured stands what `klreg plan` would have said, so that the arithmetic's assumptions can be corrected.
+other in one run (tests/e2e/switching.py), those that need more memory later, since torch's peak is the run's so far.
+Beside what is measured stands what `klreg plan` would have said, so that the arithmetic's assumptions can be corrected.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import pytest
 import torch
 import yaml
 
-from klreg_verl.experiment import architecture, fit, plan, provenance, recipe
+from klreg_verl.experiment import architecture, fit, plan, provenance, recipe, strict
 from klreg_verl.experiment.plan import RunSpec
+from klreg_verl.experiment.recipe import KLSpec
 from klreg_verl.experiment.store import RunFolder
 from launch import gpu
 
@@ -35,7 +36,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 sys.path.insert(0, str(HERE))
 
-import arms_in_turn  # noqa: E402
 import models  # noqa: E402
 
 R1 = architecture.NAMED["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"]
@@ -47,7 +47,9 @@ ARMS = {
     "k3 in loss": {"placement": "loss", "estimator": "k3", "follows": "forward", "beta": 0.001},
     "exact": {"placement": "loss", "estimator": "full_reverse", "follows": "reverse", "beta": 0.001},
 }
-STEPS = arms_in_turn.TURN * len(ARMS)
+TURN = 3
+"""Steps of an arm; the first of them warms up what is new in it."""
+STEPS = TURN * len(ARMS)
 ROLLOUT = "actor_rollout_ref.rollout"
 Row = dict[str, Any]
 
@@ -59,7 +61,7 @@ needs_gpu = pytest.mark.skipif(
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """One length: a recipe with every arm, and a folder with every arm's KL block, in order."""
+    """One length: a recipe with every arm, and a file with the KL block of every step."""
 
     recipe: Path
     blocks: Path
@@ -94,18 +96,16 @@ def study(folder: Path, model: Path, length: int, responses: int, **verl: Any) -
         "verl": {f"{ROLLOUT}.ignore_eos": True, **verl},
         "seeds": [1],
     }
-    made = Study(recipe=folder / f"step_time_{length}.yaml", blocks=folder / f"blocks_{length}")
+    made = Study(recipe=folder / f"step_time_{length}.yaml", blocks=folder / f"blocks_{length}.json")
     made.recipe.write_text(yaml.safe_dump(values, sort_keys=False))
-    made.blocks.mkdir()
-    for place, kl in enumerate(ARMS.values()):
-        (made.blocks / f"{place}.yaml").write_text(yaml.safe_dump(kl))
+    made.blocks.write_text(json.dumps([kl for kl in ARMS.values() for _ in range(TURN)]))
     return made
 
 
 def run(one: Study, runs: Path) -> list[Row]:
     """metrics.jsonl of the one run that takes the arms in turn; what it got to, if it did not end."""
-    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
-    added = {"VERL_USE_EXTERNAL_MODULES": "arms_in_turn", "PYTHONPATH": path, "KLREG_BENCH": str(one.blocks)}
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests" / "e2e"), os.environ.get("PYTHONPATH", "")]))
+    added = {"VERL_USE_EXTERNAL_MODULES": "switching", "PYTHONPATH": path, "KLREG_SWITCH": str(one.blocks)}
     command = [sys.executable, "-m", "klreg_verl.cli", "run", str(one.recipe), "--arm", "none", "--runs-dir", str(runs)]
     try:
         done = subprocess.run(
@@ -139,7 +139,7 @@ def rows(one: Study, lines: Sequence[Row], planned: bool = False) -> list[Row]:
     """A row per arm: medians over its steps but the first; with `planned` what the arithmetic says of this GPU."""
     made = []
     for place, (arm, spec) in enumerate(zip(ARMS, one.specs, strict=True)):
-        steps = range(place * arms_in_turn.TURN + 2, (place + 1) * arms_in_turn.TURN + 1)
+        steps = range(place * TURN + 2, (place + 1) * TURN + 1)
         taken = [line for line in lines if line["step"] in steps]
         train = spec.train
         made.append(
@@ -208,7 +208,8 @@ def test_the_random_model_is_what_verl_accepts(tmp_path: Path):
 def test_the_study_is_a_recipe_that_holds_and_its_blocks_are_the_arms(tmp_path: Path, length: int):
     one = study(tmp_path, tmp_path, length, RESPONSES[length])
     recipe.check_claims(recipe.load(one.recipe))
-    assert [spec.kl for spec in one.specs] == [recipe.load_kl(path).kl for path in sorted(one.blocks.iterdir())]
+    blocks = [strict.build(KLSpec, strict.from_plain(kl, file="")) for kl in json.loads(one.blocks.read_text())]
+    assert blocks == [spec.kl for spec in one.specs for _ in range(TURN)]
     assert all(spec.train.prompts_per_step * 4 == RESPONSES[length] for spec in one.specs)
 
 
