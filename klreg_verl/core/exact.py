@@ -8,8 +8,7 @@ z for the policy's logits, p = softmax(z), q for the reference's probabilities, 
     topk           either of them, after all tokens but k are merged into one: a lower bound, never negative
 
 Gradients flow to the policy's logits only; the reference is fixed. Half precision is computed in float32. Tokens that
-neither model can produce (logits of -inf) are inert. Memory is a few times that of the logits;
-klreg_verl.core.fused has the same numbers from hidden states without any (T, V) matrix.
+neither model can produce (logits of -inf) are inert. Memory is a few times that of the logits.
 
 Sources: Cover and Thomas, Elements of Information Theory, section 2.3 (KL) and theorem 2.7.1, the log-sum inequality
 (merging tokens cannot raise a KL, so `topk` is a lower bound).

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
-            if why and item.path.name != "test_fused.py":
+            if why:
                 item.add_marker(pytest.mark.skip(reason=why))
 
 
