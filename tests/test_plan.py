@@ -85,7 +85,7 @@ def test_steps_saving_samples_and_logging_are_not_hashed(tmp_path: Path) -> None
         "resources.gpus_per_node=2",
         "tasks.easy.options.seed=3",
         "model.options.seed=3",
-        "verl.trainer.x=1",
+        "verl.trainer.log_val_generations=1",
     ],
 )
 def test_what_changes_the_computation_changes_the_hash(tmp_path: Path, override: str) -> None:
@@ -117,7 +117,7 @@ def test_a_study_that_moves_with_its_data_keeps_its_hashes(tmp_path: Path, task:
 
 
 def test_a_spec_survives_json_and_keeps_its_hash(tmp_path: Path) -> None:
-    for spec in runs(tmp_path, TEXT, "verl.a.b=[1,{c: 2}]", "train.loss_aggregation=token-mean"):
+    for spec in runs(tmp_path, TEXT, "verl.ray_kwargs.ray_init.b=[1,{c: 2}]", "train.loss_aggregation=token-mean"):
         text = json.dumps(spec.to_json())
         read = RunSpec.from_json(json.loads(text))
         assert read == spec

@@ -189,6 +189,11 @@ def test_nested_and_dotted_verl_keys_are_the_same(load: Load) -> None:
     assert settings(loaded, "none").verl == {"trainer.log_val_generations": 4}
 
 
+def test_a_plus_before_a_key_that_verl_takes_is_hydras_and_is_left_out(load: Load) -> None:
+    loaded = load(BASIC + "verl: {data.cache_dir: /a, +trainer.wandb_proxy: x}", "verl.+data.cache_dir=/b")
+    assert settings(loaded, "none").verl == {"data.cache_dir": "/b", "trainer.wandb_proxy": "x"}
+
+
 # ---------------------------------------------------------------------------------------------------- the grid
 
 
@@ -270,9 +275,20 @@ def test_a_grid_given_on_the_command_line_replaces_the_default_value(load: Load)
         ("path: tiny", "path: org/x, options: {a: 1}", "has no effect: only `path: tiny` is built here, 'org/x' is"),
         ("path: tiny", "path: tiny, revision: abc", "only Hugging Face ids have revisions, not 'tiny'."),
         ("path: tiny", "path: ''", "model.path: is empty. Give `tiny`, a folder, or a Hugging Face id."),
-        ("seeds: [1, 2]", "seeds: 1", "study.yaml:4: seeds: expected a list, got 1. Write [1]."),
+        ("seeds: [1, 2]", "seeds: 1", "study.yaml:4: seeds: expected a list of whole numbers, got 1. Write [1]."),
+        ("seeds: [1, 2]", "seeds: 3", "got 3. Write [3] for that one seed, or [1, 2, 3] for 3 of them."),
+        ("seeds: [1, 2]", "seeds: range(1, 9)", "got 'range(1, 9)'. Write [1, 2, 3, 4, 5, 6, 7, 8]."),
+        ("seeds: [1, 2]", "seeds: range(0, 9, 3)", "Write [0, 3, 6]."),
+        ("seeds: [1, 2]", "seeds: 2-4", "Write [2, 3, 4]."),
+        ("seeds: [1, 2]", "seeds: 1..100", "Write [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, ...]."),
+        ("seeds: [1, 2]", "seeds: '3, 5'", "Write [3, 5]."),
+        ("seeds: [1, 2]", "seeds: range(5, 1)", "Write the seeds one by one, e.g. [1, 2, 3]."),
+        ("seeds: [1, 2]", "seeds:", "study.yaml:4: seeds: expected a list of whole numbers, got null. Write the seeds"),
+        ("seeds: [1, 2]", "seeds: {a: 1}", "got a mapping with the keys a. Write the seeds one by one"),
+        ("seeds: [1, 2]", "seeds: [1.0]", "seeds[0]: expected a whole number, got 1.0. Write 1."),
+        ("seeds: [1, 2]", "seeds: [4294967296]", "4294967296 is no seed: numpy takes 0 to 4294967295."),
         ("seeds: [1, 2]", "seeds: [1, 1]", "1 is written twice: it would be the same run."),
-        ("seeds: [1, 2]", "seeds: [-1]", "-1 is negative. Seeds are 0 or more."),
+        ("seeds: [1, 2]", "seeds: [-1]", "-1 is no seed: numpy takes 0 to 4294967295."),
         ("seeds: [1, 2]", "seeds: []", "is empty. Give at least one seed, e.g. [1]."),
         ("seeds: [1, 2]", "sedes: [1, 2]", "study.yaml:4: sedes: unknown key 'sedes'. Did you mean 'seeds'?"),
         ("seeds: [1, 2]", "seeds: [1]\nbeta: 3", "unknown key 'beta'. Did you mean 'kl.beta'?"),
@@ -337,8 +353,16 @@ def test_a_mistake_is_refused_with_its_place(load: Load, old: str, new: str, mes
         ("samples: {prompts: 0}", "To keep no samples say `every: 0`."),
         ("logging: {wandb: ofline}", "'ofline' is not one of off, offline, online. Did you mean 'offline'?"),
         ("logging: {wandb: false}", "false is not one of off, offline, online."),
-        ("verl: {a: 1, a.b: 2}", "'a' and 'a.b' contradict: one is inside the other."),
+        (
+            "verl: {ray_kwargs.ray_init.a: 1, ray_kwargs.ray_init.a.b: 2}",
+            "'ray_kwargs.ray_init.a' and 'ray_kwargs.ray_init.a.b' contradict: one is inside the other.",
+        ),
         ("verl: {a: {b: 1}, a.b: 2}", "verl.a.b: written twice"),
+        ("verl: {trainer: {test_freqq: 5}}", "verl.trainer.test_freqq: verl 0.9.1 has no setting 'trainer.test_freqq'"),
+        ("verl: {data.shufle: no}", "Did you mean 'data.shuffle'?"),
+        ("verl: {+trainer.foo: 1}", "verl.+trainer.foo: verl 0.9.1 has no setting 'trainer.foo'"),
+        ("verl: {trainer.log_val_generations: '5'}", "verl takes a whole number here, got '5'. Remove the quotes."),
+        ("grid: {verl.trainer.balance: [1, 2]}", "grid.verl.trainer.balance[0]: verl 0.9.1 has no setting"),
         ("verl: 3", "verl: expected a mapping (key: value), got 3."),
         ("arms2: {}", "unknown key 'arms2'. Did you mean 'arms'?"),
     ],

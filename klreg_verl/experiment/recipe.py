@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from klreg_verl.experiment import claims as claiming
-from klreg_verl.experiment import strict
+from klreg_verl.experiment import strict, verl_keys
 from klreg_verl.experiment.claims import ClaimSpec
 from klreg_verl.experiment.kl_settings import LOSS_ONLY, REWARD_ONLY, AlarmsSpec, KLSpec, ProbesSpec, ReferenceSpec
 from klreg_verl.experiment.own_code import own_modules
@@ -71,6 +71,8 @@ __all__ = [
     "load_kl",
 ]
 
+LARGEST_SEED = 2**32 - 1
+"""Of numpy's legacy generator, which verl and transformers seed."""
 _TOP = ("question", "base", "tasks", "seeds", "arms", "grid", "claims", *SECTIONS)
 
 # ---------------------------------------------------------------------------------------------------- the recipe
@@ -299,13 +301,28 @@ def _normalise_options(node: Node) -> Node:
 
 
 def _flattened(node: Node) -> Node:
-    """Nested and dotted verl keys to dotted ones; the same key written in both ways is refused."""
+    """Nested and dotted verl keys to dotted ones, without Hydra's +; a key written in two ways is refused."""
     flat: dict[str, Node] = {}
-    for key, leaf in _dotted(node.mapping()):
+    for written, leaf in _dotted(node.mapping()):
+        key = _without_plus(written)
         if key in flat:
             raise leaf.error(f"written twice (first at {flat[key].place}). Keep one of them.")
         flat[key] = leaf
     return node.with_value(flat)
+
+
+def _without_plus(key: str) -> str:
+    """klreg adds what verl's YAML lacks without it; the node's path keeps it, for `_verl_problems`."""
+    return ".".join(part.lstrip("+") for part in key.split("."))
+
+
+def _verl_problems(verl: Node) -> list[str]:
+    """What verl does not know, or takes another kind of value for, among merged and flattened `verl:` keys."""
+    problems = []
+    for key, leaf in verl.mapping().items():
+        if problem := verl_keys.problem(key, strict.plain(leaf), plus="+" in leaf.path):
+            problems.append(leaf.problem(problem))
+    return problems
 
 
 def _dotted(children: Mapping[str, Node], prefix: str = "") -> Iterator[tuple[str, Node]]:
@@ -505,11 +522,14 @@ class _Composer:
 
     def seeds(self) -> tuple[int, ...]:
         node = self.children["seeds"]
+        if not isinstance(node.value, list):
+            advice = _seeds_advice(node.value)
+            raise node.error(f"expected a list of whole numbers, got {strict.show(node.value)}.{advice}")
         seeds: tuple[int, ...] = strict.convert(node, tuple[int, ...])
         if not seeds:
             raise node.error("is empty. Give at least one seed, e.g. [1].")
-        if negative := [seed for seed in seeds if seed < 0]:
-            raise node.error(f"{negative[0]} is negative. Seeds are 0 or more.")
+        if wrong := [seed for seed in seeds if not 0 <= seed <= LARGEST_SEED]:
+            raise node.error(f"{wrong[0]} is no seed: numpy takes 0 to {LARGEST_SEED}. Small ones do as well as any.")
         if repeated := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
             raise node.error(f"{repeated[0]} is written twice: it would be the same run.")
         return seeds
@@ -559,10 +579,13 @@ class _Composer:
     def cell(self, arm: str, task: str, spec: TaskSpec, under: Node, point: _Point) -> Cell | None:
         merged = under
         for key, node in point.items:
-            parts = ["verl", key.removeprefix("verl.")] if key.startswith("verl.") else key.split(".")
+            verl, _, name = key.partition(".")
+            parts = [verl, _without_plus(name)] if verl == "verl" else key.split(".")
             merged = _overlay(merged, _nested(parts, node))
         self.used.update(id(leaf) for leaf in strict.leaves(merged))
         try:
+            if unknown := _verl_problems(merged.mapping().get("verl", merged.with_value(None))):
+                raise ConfigError(unknown)
             settings = strict.build(Settings, merged)
         except ConfigError as error:
             for problem in error.problems:
@@ -625,6 +648,20 @@ class _Composer:
         ]
         if problems:
             raise ConfigError(problems)
+
+
+def _seeds_advice(value: Any) -> str:
+    """The list that was meant, where a person would know: range(1, 9), 1-8, 1 2 3, or a count."""
+    if type(value) is int and 1 < value <= 12:
+        return f" Write [{value}] for that one seed, or {list(range(1, value + 1))} for {value} of them."
+    text = "" if value is None or isinstance(value, (dict, bool)) else str(value)
+    numbers: Sequence[int] = [int(digits) for digits in re.findall(r"\d+", text)]
+    if re.fullmatch(r"\s*range\([\d,\s]+\)\s*", text) and len(numbers) <= 3 and 0 not in numbers[2:]:
+        numbers = range(*numbers)
+    elif re.fullmatch(r"\s*\d+\s*(-|:|to|\.\.+)\s*\d+\s*", text):
+        numbers = range(numbers[0], numbers[1] + 1)
+    shown = ", ".join([*map(str, numbers[:12]), *["..."] * bool(numbers[12:13])])
+    return f" Write [{shown}]." if shown else " Write the seeds one by one, e.g. [1, 2, 3]."
 
 
 def _arm_changes(node: Node) -> dict[str, Any]:

@@ -335,10 +335,11 @@ def _scalar(node: Node, kind: type) -> Any:
         return float(value)
     if kind is not float and type(value) is kind:
         return value
-    raise node.error(f"expected {_EXPECTED[kind]}, got {show(value)}.{_scalar_advice(value, kind)}")
+    raise node.error(f"expected {_EXPECTED[kind]}, got {show(value)}.{scalar_advice(value, kind)}")
 
 
-def _scalar_advice(value: Any, kind: type) -> str:
+def scalar_advice(value: Any, kind: type) -> str:
+    """What to write instead of a scalar of another type, after a space; empty where that is not plain."""
     if kind is str and isinstance(value, (bool, int, float)):
         return " Put it in quotes."
     if kind is int and isinstance(value, float) and value == int(value):
