@@ -266,14 +266,14 @@ def test_show_prints_verls_settings_of_the_arm(klreg: Klreg, study: Path):
 def test_as_verl_prints_a_script_that_bash_can_read_and_whose_kl_file_loads(klreg: Klreg, study: Path, arm: str):
     script = klreg("plan", study, "--as-verl", arm).stdout
     assert f"\nPYTHONPATH={study.parent} " in script  # modules of the user's own lie beside the recipe
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=20)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=120)
     # run it with verl's start replaced by one that prints its arguments
     recorder = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ['KLREG_KL']]))\n"
     (study.parent / "bin").mkdir()
     (study.parent / "bin" / "python").write_text(recorder)
     (study.parent / "bin" / "python").chmod(0o755)
     path = {"PATH": f"{study.parent / 'bin'}:/usr/bin:/bin"}
-    done = subprocess.run(["bash", "-e"], input=script, text=True, env=path, capture_output=True, timeout=20)
+    done = subprocess.run(["bash", "-e"], input=script, text=True, env=path, capture_output=True, timeout=120)
     arguments, kl_file = json.loads(done.stdout)
     assert arguments[:2] == ["-m", "verl.trainer.main_ppo"]
     assert '++actor_rollout_ref.actor.strategy="fsdp2"' in arguments
@@ -737,13 +737,13 @@ def test_doctor_plan_status_and_report_need_no_verl_ray_vllm_or_transformers(stu
     folder.append_metrics(1, {"train/accuracy": 0.5})
     command = [sys.executable, "-c", BLOCKED, str(study)]
     where = {"cwd": study.parent, "env": environment(study.parent)}
-    done = subprocess.run(command, **where, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, **where, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly(study: Path):
     command = f"{sys.executable} -m klreg_verl.cli run {study} --dry-run --runs-dir {study.parent} | head -1"
     where = {"cwd": study.parent, "env": environment(study.parent)}
-    done = subprocess.run(["bash", "-c", command], **where, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(["bash", "-c", command], **where, capture_output=True, text=True, timeout=280)
     assert done.stdout == "platform: cpu\n"
     assert "Traceback" not in done.stderr

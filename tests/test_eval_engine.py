@@ -91,7 +91,7 @@ def test_a_killed_parent_takes_the_process_with_it(order: Order, tmp_path: Path)
         child = psutil.Process(int(parent.stdout.readline()))
         os.kill(parent.pid, signal.SIGKILL)
     try:
-        _, left = psutil.wait_procs([child], timeout=20)
+        _, left = psutil.wait_procs([child], timeout=120)
         assert not left
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -158,7 +158,7 @@ def test_a_second_process_cannot_work_in_the_same_folder(folder: RunFolder) -> N
         except store.RunLocked as error:
             print(error)
         """
-        output, _ = child(code, folder.path).communicate(timeout=20)
+        output, _ = child(code, folder.path).communicate(timeout=120)
         assert f"is in use by process {os.getpid()} on {os.uname().nodename}" in output
         with pytest.raises(RunLocked), folder.lock():
             pass
@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_no_half_line(folder: RunFolder) -> None:
     except OSError as error:
         print(error.strerror)
     """
-    output, error = child(code, folder.path, size + 10).communicate(timeout=20)
+    output, error = child(code, folder.path, size + 10).communicate(timeout=120)
     assert output.strip() == "File too large", error
     assert folder.metrics_path.stat().st_size == size
 
@@ -326,7 +326,7 @@ def kills(code: str, folder: RunFolder, limit: int = 40) -> Iterator[int]:
     """Runs `code`, killed at the first instant, at the second, ..., until it survives; yields after each run."""
     for n in range(1, limit):
         process = child(KILL_AT + textwrap.dedent(code), folder.path, n)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=120)
         assert process.returncode in (0, -signal.SIGKILL), error
         yield n
         if process.returncode == 0:
@@ -378,7 +378,9 @@ def test_a_writer_killed_at_random_instants_goes_on_where_it_was(folder: RunFold
     for _ in range(6):
         process = child(code, folder.path)
         assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()[1]
-        time.sleep(0.02 + 0.08 * chance.random())
+        while (folder.last_step() or 0) <= last:
+            time.sleep(0.01)
+        time.sleep(0.08 * chance.random())
         process.kill()
         process.communicate()
         steps = [line["step"] for line in folder.read_metrics()]

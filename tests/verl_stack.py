@@ -88,7 +88,7 @@ def environment(**variables: str) -> dict[str, str]:
 def run_python(code: str, **variables: str) -> str:
     """Output of `python -c code` in its own process, which must succeed."""
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
