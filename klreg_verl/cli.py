@@ -292,9 +292,16 @@ def _write_report(read: Recipe, root: Path, **how: Any) -> None:
 def _write_report_of(folder: Path, recipe_text: dict[str, Any], **how: Any) -> None:
     from klreg_verl.analysis import embeddings, stock
     from klreg_verl.analysis import report as reports
+    from klreg_verl.analysis.runs import run_folders
 
     if stock.is_stock(folder):
-        folder = stock.import_run(folder)
+        imported = stock.import_run(folder)
+        folder = imported.folder
+        typer.echo("\n".join(imported.notes))
+    if folder.is_dir() and next(run_folders(folder), None) is None:
+        raise ValueError(
+            f"There are no runs in {folder}: neither run folders <arm>/<task>/seed<k> nor plain verl's log or dumps."
+        )
     paths = reports.write_report(folder, recipe_text, **({"embedder": embeddings.named("auto")} | how))
     typer.echo("\n".join(["", *paths.lines, "", f"report: {paths.html}"]))
 

@@ -74,7 +74,9 @@ def starters(runs: Iterable[Run]) -> list[Run]:
 
 
 def read_answers(table: pd.DataFrame) -> dict[Any, Answers]:
-    """The draws of each prompt ("group") of a samples table."""
+    """The draws of each prompt ("group") of a samples table; none where it is not known which are right."""
+    if table["valid"].isna().any():
+        return {}
     numbers = table["num_valid"].tolist() if "num_valid" in table else [None] * len(table)
     possible = [None if value is None or value != value or value == "" else int(value) for value in numbers]
     columns = (table["answer"].tolist(), table["valid"].tolist(), table["group"].tolist(), possible)

@@ -32,7 +32,7 @@ from klreg_verl.analysis import frontier as frontiers
 from klreg_verl.analysis.optimum import Achieved
 from klreg_verl.analysis.runs import Run
 from klreg_verl.analysis.stats import Estimate
-from klreg_verl.analysis.summary import ACCURACY, KL_K1, Group, final_value
+from klreg_verl.analysis.summary import ACCURACY, KL_K1, SCORE, Group, final_value
 from klreg_verl.analysis.themes import LIGHT, PAGE, Theme
 from klreg_verl.core.alarms import RETENTION
 from klreg_verl.core.optimum import Prediction
@@ -76,6 +76,7 @@ class Panel:
 
 TIME_COURSES = (
     Panel(key=ACCURACY, name="accuracy", title="Accuracy", unit="valid share of the training batch"),
+    Panel(key=SCORE, name="score", title="Score", unit="mean reward of the training batch", missed=False),
     Panel(key="entropy/token", name="entropy", title="Entropy", unit="nats per token"),
     Panel(key=KL_K1, name="kl_k1", title="KL to the reference, k1", unit="nats per response"),
     Panel(key="kl_ref/k3_response", name="kl_k3", title="KL to the reference, k3", unit="nats per response"),
@@ -315,6 +316,8 @@ def drawings(groups: Sequence[Group], optima: Sequence[Achieved] = ()) -> dict[s
 
 
 def _worth_drawing(groups: Sequence[Group], panel: Panel) -> bool:
+    if panel.key == SCORE and any(group.series(ACCURACY) for group in groups):
+        return False
     values = [values for group in groups for _, values in group.series(panel.key)]
     return any(panel.drawn_if_constant or each.nunique() > 1 for each in values)
 

@@ -352,9 +352,17 @@ def _side_by_side(shown: SideBySide, groups: Sequence[Group]) -> str:
     return prompt + _table(head, [cells])
 
 
+MARKS = {
+    True: '<span class="valid">✓</span>',
+    False: '<span class="invalid">✗</span>',
+    None: "<span>·</span>",
+}
+"""Of a response that is right, wrong, or of which nothing says so."""
+
+
 def _responses(responses: Sequence[Response]) -> str:
     rows = "".join(
-        f'<li><span class="{"valid" if each.valid else "invalid"}">{"✓" if each.valid else "✗"}</span>'
+        f"<li>{MARKS[each.valid]}"
         f'<span>{escape(_cut(each.text, 400)) or "(empty)"}</span><span class="count">× {each.count}</span></li>'
         for each in responses[:MAX_RESPONSES]
     )

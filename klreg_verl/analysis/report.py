@@ -40,7 +40,7 @@ from klreg_verl.analysis.summary import (
 
 FINDINGS = ("<!-- findings: written by a person, kept by the generator -->", "<!-- end of findings -->")
 MAX_LINES = 15
-TERMINAL_COLUMNS = ("accuracy", "kl_k1_response", "entropy_token", "coverage")
+TERMINAL_COLUMNS = ("accuracy", "score", "kl_k1_response", "entropy_token", "coverage")
 
 __all__ = ["ReportPaths", "markdown_text", "read_study", "write_report"]
 

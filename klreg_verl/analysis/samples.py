@@ -22,7 +22,8 @@ class Response:
     """One distinct response to a prompt and how often it was drawn."""
 
     text: str
-    valid: bool
+    valid: bool | None
+    """None where nothing says so."""
     count: int
 
 
@@ -100,6 +101,7 @@ def _count(text: str) -> int:
 
 def _distinct(table: pd.DataFrame, prompt: str) -> tuple[Response, ...]:
     rows = table[table["prompt"] == prompt]
-    counts = Counter(zip(rows["response"].astype(str), rows["valid"].astype(bool), strict=True))
+    valid = [None if pd.isna(each) else bool(each) for each in rows["valid"]]
+    counts = Counter(zip(rows["response"].astype(str), valid, strict=True))
     ordered = sorted(counts.items(), key=lambda item: (-item[1], not item[0][1], item[0][0]))
     return tuple(Response(text=text, valid=valid, count=count) for (text, valid), count in ordered)

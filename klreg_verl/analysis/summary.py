@@ -19,6 +19,8 @@ from klreg_verl.analysis.stats import Estimate
 from klreg_verl.experiment.claims import ACHIEVED_KL
 
 ACCURACY = "train/accuracy"
+SCORE = "train/score"
+"""Shown where nothing says which responses are right."""
 KL_K1 = ACHIEVED_KL
 MANY_SEEDS = 5
 """Seeds from which the spread between them is taken seriously."""
@@ -39,6 +41,7 @@ class Column:
 
 COLUMNS = (
     Column(key=ACCURACY, name="Accuracy", unit="share valid", slug="accuracy", spoken="accuracy"),
+    Column(key=SCORE, name="Score", unit="reward", slug="score", spoken="mean score"),
     Column(
         key=KL_K1,
         name="KL (k1)",
@@ -160,8 +163,9 @@ def final_value(group: Group, key: str) -> Estimate:
 
 
 def recorded_columns(groups: Sequence[Group]) -> list[Column]:
-    """The columns of the final table that any group has a value for."""
-    return [column for column in COLUMNS if any(final_value(group, column.key).num for group in groups)]
+    """The columns of the final table that any group has a value for; scores only where there is no accuracy."""
+    known = [column for column in COLUMNS if any(final_value(group, column.key).num for group in groups)]
+    return [column for column in known if column.key != SCORE or known[0].key != ACCURACY]
 
 
 def final_change(group: Group, key: str) -> stats.Change | None:
@@ -220,7 +224,7 @@ def sentences(groups: Sequence[Group]) -> list[str]:
     moved = [_movement(group, _prefix(group, groups)) for group in groups]
     against = [
         _comparison(group, baseline, column, _prefix(group, groups))
-        for column in COLUMNS
+        for column in recorded_columns(groups)
         if column.spoken
         for baseline, group in _pairs(groups)
     ]
@@ -334,7 +338,8 @@ def _prefix(group: Group, groups: Sequence[Group]) -> str:
 
 
 def _movement(group: Group, prefix: str) -> str:
-    moved = final_change(group, ACCURACY)
+    accuracy = final_change(group, ACCURACY)
+    moved = accuracy or final_change(group, SCORE)
     if moved is None:
         return f"{prefix}{group.label}: no accuracy was recorded over two steps or more."
     places = stats.places([moved.difference])
@@ -345,7 +350,7 @@ def _movement(group: Group, prefix: str) -> str:
     over += f"; interim, {steps_text(group)} steps" if group.is_interim else ""
     how = {1: f"rose from {first} to {last}", -1: f"fell from {first} to {last}"}
     moving = how.get(moved.direction, f"went from {first} to {last}, within two standard errors")
-    return f"{prefix}{group.label}: accuracy {moving}; {when} ({gap}{over})."
+    return f"{prefix}{group.label}: {'accuracy' if accuracy else 'mean score'} {moving}; {when} ({gap}{over})."
 
 
 def _comparison(group: Group, baseline: Group, column: Column, prefix: str) -> str:

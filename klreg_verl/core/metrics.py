@@ -98,6 +98,7 @@ _ROWS = (
     ("diversity/unique_valid", "answers", "distinct right answers per prompt"),
     ("diversity/coverage", "fraction", "distinct right answers over possible ones, per prompt where that is known"),
     ("eval/<data_source>/accuracy", "fraction", "right responses on held-out prompts of one data_source"),
+    ("eval/<data_source>/score", "reward", "mean score on them, where the reward does not say which are right"),
     (
         "eval/<data_source>/pass@<k>",
         "fraction",
