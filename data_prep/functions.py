@@ -24,15 +24,17 @@ def load(name: str, *folders: Path | str) -> Function:
     module, _, function = name.partition(":")
     try:
         with _modules_in(folders):
-            found = getattr(importlib.import_module(module), function, None)
+            imported = importlib.import_module(module)
     except Exception as error:  # a user's module can fail in any way
         places = ", ".join([*map(str, folders), "installed packages"])
         raise ValueError(
             f"{name}: cannot import {module!r} ({type(error).__name__}: {error}). It is looked for in: {places}. Give "
             "pkg.module:function."
         ) from error
+    found = getattr(imported, function, None)
     if not callable(found):
-        raise ValueError(f"{name}: {module!r} has no function {function!r}. Give pkg.module:function.")
+        where = f"{module!r} has no function {function!r} in {imported.__file__}"
+        raise ValueError(f"{name}: {where}. Give pkg.module:function; an installed module of the same name goes first.")
     return found
 
 

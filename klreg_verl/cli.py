@@ -18,6 +18,7 @@ import typer
 
 from klreg_verl.arguments import Arms, AsJson, Overrides, RecipePath, RunsDir, Seeds, Tasks
 from klreg_verl.evaluation.command import eval_command, export_command
+from klreg_verl.experiment import own_code
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.selection import selected
 from klreg_verl.replay.command import kl_command, replay_command
@@ -332,7 +333,7 @@ def _stock_command(spec: RunSpec, root: Path) -> str:
 
     platform = _platform()
     values = _settings(spec, root, platform)
-    environment = {"PYTHONPATH": spec.root}
+    environment = {own_code.VARIABLE: spec.root}
     if platform == "cpu":
         environment |= cpu.ENVIRONMENT
         workers = spec.resources.gpus_per_node

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from klreg_verl import doctor
-from klreg_verl.experiment import claims, provenance
+from klreg_verl.experiment import claims, own_code, provenance
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, RunLocked, Status, atomic_write, run_folder, write_json
 from klreg_verl.verl_hooks import checkpoints, cpu, overrides
@@ -177,7 +177,7 @@ def _watch(
     """Start verl's driver and follow metrics.jsonl until it ends."""
     log = attempt / "log"
     arguments = overrides.hydra_arguments({**settings, "hydra.run.dir": attempt / "hydra"})
-    argv = [sys.executable, "-m", "klreg_verl.verl_hooks.main", *arguments]
+    argv = [sys.executable, "-P", "-m", "klreg_verl.verl_hooks.main", *arguments]  # -P: not what lies in this folder
     try:
         session.start(argv, environment, log)
         end = None
@@ -276,9 +276,8 @@ def session_environment(spec: RunSpec, platform: str) -> dict[str, str]:
     A dozen processes import the same packages; without their byte code each compiles them anew, a minute per run.
     """
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    path = os.pathsep.join(filter(None, [spec.root, os.environ.get("PYTHONPATH", "")]))
     extra = cpu.ENVIRONMENT if platform == "cpu" else gpu.ENVIRONMENT
-    return {**extra, **inherited, "PYTHONPATH": path}
+    return {**extra, **inherited, own_code.VARIABLE: spec.root}
 
 
 @contextmanager

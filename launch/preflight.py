@@ -360,11 +360,14 @@ def check_reward(spec: RunSpec) -> None:
     module, _, function = (spec.task.reward or "").partition(":")
     try:
         with own_modules(spec.root):
-            found = getattr(importlib.import_module(module), function, None)
+            imported = importlib.import_module(module)
     except Exception as error:  # a user's module can fail in any way
         raise ValueError(
             f"tasks.{spec.task_name}.reward: cannot import {module!r} ({type(error).__name__}: {error}). It is looked "
             f"for in the recipe's folder ({spec.root}) and among installed packages."
         ) from error
-    if not callable(found):
-        raise ValueError(f"tasks.{spec.task_name}.reward: {module!r} has no function {function!r}.")
+    if not callable(getattr(imported, function, None)):
+        raise ValueError(
+            f"tasks.{spec.task_name}.reward: {module!r} has no function {function!r} in {imported.__file__}. If that "
+            "is another file than yours, rename yours: an installed module of the same name goes first."
+        )

@@ -265,7 +265,7 @@ def test_show_prints_verls_settings_of_the_arm(klreg: Klreg, study: Path):
 @pytest.mark.parametrize("arm", ["none", "reverse"])
 def test_as_verl_prints_a_script_that_bash_can_read_and_whose_kl_file_loads(klreg: Klreg, study: Path, arm: str):
     script = klreg("plan", study, "--as-verl", arm).stdout
-    assert f"\nPYTHONPATH={study.parent} " in script  # modules of the user's own lie beside the recipe
+    assert f"\nKLREG_MODULES={study.parent} " in script  # modules of the user's own lie beside the recipe
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=120)
     # run it with verl's start replaced by one that prints its arguments
     recorder = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ['KLREG_KL']]))\n"

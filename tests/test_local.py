@@ -268,8 +268,8 @@ step(1, 2, 3)
     assert recipe.load_kl(attempt / "kl.yaml").kl == spec.kl
     settings = json.loads((attempt / "verl.json").read_text())
     assert settings == overrides.settings(spec, files, "cpu")
-    assert here.argv[:3] == [sys.executable, "-m", "klreg_verl.verl_hooks.main"]
-    assert here.argv[3:] == overrides.hydra_arguments({**settings, "hydra.run.dir": attempt / "hydra"})
+    assert here.argv[:4] == [sys.executable, "-P", "-m", "klreg_verl.verl_hooks.main"]
+    assert here.argv[4:] == overrides.hydra_arguments({**settings, "hydra.run.dir": attempt / "hydra"})
     card = json.loads(folder.provenance_path.read_text())
     assert "reverse KL" in card["gradient"]
     assert card["platform"] == "cpu"
@@ -291,13 +291,12 @@ def test_the_sessions_environment_is_the_users_with_the_platforms_defaults_under
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("VERL_ENGINE_DEVICE", raising=False)
     told = local.session_environment(spec, "cpu")
-    assert told["PYTHONPATH"] == f"{spec.root}:/users/own"  # the recipe's folder first: a user's reward module
+    assert told["KLREG_MODULES"] == spec.root  # the last on the path, and not PYTHONPATH, which is the first
+    assert told["PYTHONPATH"] == "/users/own"
     assert told["OMP_NUM_THREADS"] == "7"
     assert told["VERL_ENGINE_DEVICE"] == cpu.ENVIRONMENT["VERL_ENGINE_DEVICE"]
     assert "VERL_ENGINE_DEVICE" not in local.session_environment(spec, "cuda")
     assert gpu.ENVIRONMENT.items() <= local.session_environment(spec, "cuda").items()
-    monkeypatch.delenv("PYTHONPATH")
-    assert local.session_environment(spec, "cuda")["PYTHONPATH"] == spec.root
 
 
 # ---------------------------------------------------------------------------------------------------- signals

@@ -254,7 +254,8 @@ def _users_own(name: str) -> Estimator:
             "and have its folder on PYTHONPATH."
         ) from error
     if not hasattr(module, attribute):
-        raise ValueError(f"KL estimator {name!r}: the module {module_name!r} has no {attribute!r}.")
+        where = f"the module {module_name!r} has no {attribute!r} in {module.__file__}"
+        raise ValueError(f"KL estimator {name!r}: {where}.")
     return _from_object(name, getattr(module, attribute))
 
 

@@ -12,13 +12,14 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
+from klreg_verl.experiment import own_code
 from klreg_verl.verl_hooks.post_import import after_import
 
 KL_VARIABLE = "KLREG_KL"
 RUN_VARIABLE = "KLREG_RUN"
 SESSION_VARIABLE = "KLREG_SESSION_DIR"
 FORWARDED = (
-    *(KL_VARIABLE, RUN_VARIABLE, "VERL_PLATFORM", "VERL_ENGINE_DEVICE"),
+    *(KL_VARIABLE, RUN_VARIABLE, own_code.VARIABLE, "VERL_PLATFORM", "VERL_ENGINE_DEVICE"),
     *("VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS"),
     *("TENSORBOARD_DIR", "WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME"),
 )
@@ -27,6 +28,7 @@ FORWARDED = (
 
 def activate() -> None:
     """Install what the environment asks for."""
+    own_code.add_from_environment()
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
         from klreg_verl.verl_hooks import cpu
 
