@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +76,19 @@ def test_one_run_that_started_before_the_claim_makes_it_exploratory(tmp_path: Pa
     write(tmp_path, "none", NONE, registered={"c": COVERAGE})
     write(tmp_path, "reverse", dict(list(against(FAR).items())[:4]), registered={"c": COVERAGE})
     write(tmp_path, "reverse", {5: 0.7}, registered={})
+    assert not judged(tmp_path)[0].is_registered
+
+
+def test_a_card_of_a_version_whose_claims_had_fewer_fields_registers_the_claim(tmp_path: Path) -> None:
+    write(tmp_path, "none", NONE, registered={"c": COVERAGE})
+    write(tmp_path, "reverse", against(FAR), registered={"c": COVERAGE})
+    path = tmp_path / "reverse" / "palindrome" / "seed5" / "provenance.json"
+    entry = json.loads(path.read_text())
+    del entry["claims"]["list"]["c"]["compare"]
+    path.write_text(json.dumps(entry))
+    assert judged(tmp_path)[0].is_registered
+    entry["claims"]["list"]["c"] |= {"compare": "beta", "at": 0.1}
+    path.write_text(json.dumps(entry))
     assert not judged(tmp_path)[0].is_registered
 
 

@@ -163,6 +163,17 @@ def test_a_resumed_run_keeps_the_claims_that_it_started_under() -> None:
     assert claims.registered({"claims": again}) == claims.canonical(ONE)
 
 
+def test_a_claim_of_a_version_with_fewer_fields_is_the_same_claim() -> None:
+    first = claims.card(ONE, None, "monday")
+    older = {"a": {key: value for key, value in first["list"]["a"].items() if key not in ("compare", "at")}}
+    card = {"sha256": "by an older rule", "since": "monday", "list": older}
+    assert claims.card(ONE, {"claims": card}, "tuesday") == card
+    assert [each["since"] for each in claims.card(TWO, {"claims": card}, "tuesday")["earlier"]] == ["monday"]
+    assert claims.fingerprint(older) == first["sha256"]
+    at_kl = {"a": older["a"] | {"compare": "kl", "at": 1.0}}
+    assert claims.fingerprint(at_kl) != first["sha256"]
+
+
 def test_a_run_from_before_there_were_claims_has_registered_none() -> None:
     card = claims.card(ONE, {"time": "monday"}, "tuesday")
     assert claims.registered({"claims": card}) == {} and card["earlier"][0]["since"] == "monday"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from klreg_verl.analysis.runs import Run, mapping
+from klreg_verl.experiment.claims import fingerprint
 
 COMPARED = re.compile(
     r"(versions|kl_source|data|model|reference)\.|git\.(commit|diff_sha256)$|python$|platform$|host\.(cpu|gpus)$"
@@ -54,7 +55,7 @@ def facts(provenance: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     for key, value in provenance.items():
         name = f"{prefix}{key}"
         if name == "claims":  # the report has a section of its own for them
-            flat["claims.sha256"] = str(mapping(value).get("sha256"))
+            flat["claims.sha256"] = fingerprint(mapping(mapping(value).get("list")))
         elif isinstance(value, Mapping):
             flat |= facts(value, f"{name}.")
         elif name != "gradient":

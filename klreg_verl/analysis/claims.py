@@ -10,7 +10,6 @@ metric the mean of the last ten steps. Only finished runs enter, paired by seed;
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from klreg_verl.core.statistics import (
     seeds_to_decide,
 )
 from klreg_verl.experiment import strict
-from klreg_verl.experiment.claims import ACHIEVED_KL, ClaimSpec, canonical, registered
+from klreg_verl.experiment.claims import ACHIEVED_KL, ClaimSpec, canonical, registered, said
 
 NOTE = (
     "Written in the recipe before the runs and hashed into their cards; decided on finished runs paired by seed, with "
@@ -213,10 +212,10 @@ def _read(name: str, values: Any) -> ClaimSpec | None:
 
 
 def _is_registered(runs: Sequence[Run], name: str, claim: ClaimSpec) -> bool:
-    """Whether every run of the two arms that has a card has the claim in it, word for word."""
-    wanted = json.dumps(canonical({name: claim})[name], sort_keys=True)
+    """Whether every run of the two arms that has a card has the very claim in it."""
+    wanted = said(canonical({name: claim})[name])
     arms = [run for run in runs if run.task == claim.task and run.arm in claim.contrast and run.provenance]
-    return all(json.dumps(registered(run.provenance).get(name), sort_keys=True) == wanted for run in arms)
+    return all(said(registered(run.provenance).get(name)) == wanted for run in arms)
 
 
 def _notes(runs: Sequence[Run], claim: ClaimSpec, comparison: Paired) -> Iterable[str]:

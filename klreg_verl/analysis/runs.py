@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.json
 from pyarrow import csv
 
+from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder
 
 ALARM, SATURATED = "alarm/", "kl/saturated"
@@ -136,7 +137,7 @@ def read_run(path: Path, recipe_dir: Path) -> Run:
         task=task,
         grid=tuple(grid),
         seed=int(path.name.removeprefix("seed")),
-        spec=mapping(spec.get("spec", spec)),
+        spec=_resolved(mapping(spec.get("spec", spec))),
         provenance=provenance,
         status=_status(state, path),
         reason=str(state.get("reason") or ""),
@@ -144,6 +145,15 @@ def read_run(path: Path, recipe_dir: Path) -> Run:
         problems=tuple(problems),
         attempts=_attempts(path / "attempts"),
     )
+
+
+def _resolved(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the settings that came after it, at their defaults, so that specs of two versions can be compared; as it is
+    where this version cannot read it."""
+    try:
+        return json.loads(json.dumps(RunSpec.from_json(spec).to_json()))
+    except (AttributeError, TypeError, ValueError):
+        return spec
 
 
 def _attempts(folder: Path) -> dict[int, Mapping[str, Any]]:

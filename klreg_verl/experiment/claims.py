@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 from klreg_verl.experiment.strict import FieldError
@@ -135,9 +135,18 @@ def canonical(claims: Mapping[str, ClaimSpec]) -> dict[str, dict[str, Any]]:
     return {name: {**asdict(claim), "contrast": list(claim.contrast)} for name, claim in claims.items()}
 
 
+def said(claim: Any) -> Any:
+    """What one of `canonical` claims says beyond the defaults: of two versions it is the same. Else what was given."""
+    if not isinstance(claim, Mapping):
+        return claim
+    defaults = {field.name: field.default for field in fields(ClaimSpec) if field.default is not MISSING}
+    return {key: value for key, value in claim.items() if key not in defaults or value != defaults[key]}
+
+
 def fingerprint(claims: Mapping[str, Mapping[str, Any]]) -> str:
-    """sha256 of `canonical` claims, whatever their order."""
-    text = json.dumps(claims, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """sha256 of what `canonical` claims say, whatever their order."""
+    content = {name: said(claim) for name, claim in claims.items()}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -152,7 +161,7 @@ def card(claims: Mapping[str, ClaimSpec], before: Mapping[str, Any] | None, time
     if before is None:
         return now
     known = before.get("claims") or {"sha256": fingerprint({}), "since": before.get("time"), "list": {}}
-    if known.get("sha256") == now["sha256"]:
+    if fingerprint(known.get("list") or {}) == now["sha256"]:
         return dict(known)
     earlier = [*known.get("earlier", ()), {key: value for key, value in known.items() if key != "earlier"}]
     return {**now, "earlier": earlier}

@@ -1,8 +1,13 @@
 """A recipe to its runs: arms x tasks x grid points x seeds, in the order written, each named and hashed by content.
 
 Two runs with the same hash compute the same thing. Not hashed are names (recipe, arm, task), so that renaming harms
-nothing; the number of steps, so that a run can be extended; and what only watches (probes, alarms, retention, save,
-samples, logging). Paths are hashed relative to the recipe's folder, so that a study can move with its data.
+nothing; the number of steps, so that a run can be extended; what only watches (probes, alarms, retention, save,
+samples, logging); and settings at their default, so that a version with one more setting still knows the runs of the
+versions before. Paths are hashed relative to the recipe's folder, so that a study can move with its data.
+
+A hash that was stored is never compared: whoever compares runs computes it anew from the stored spec, which has every
+setting, by the rule and the defaults of today. So runs of older versions are known, and one that was made when a
+default was another is not taken for a run with today's.
 """
 
 from __future__ import annotations
@@ -92,8 +97,9 @@ class RunSpec:
 
     @property
     def hash(self) -> str:
-        """sha256 of the content in canonical JSON, hexadecimal."""
-        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        """sha256 in hexadecimal of the content that is not at its default, in canonical JSON."""
+        content = strict.away_from_default(self, self._content())
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

@@ -21,7 +21,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -289,6 +289,23 @@ def _locate(node: Node, error: FieldError) -> ConfigError:
     while parts and isinstance(node.value, dict) and parts[0] in node.value:
         node = node.value[parts.pop(0)]
     return node.error(error.message, below=".".join(parts))
+
+
+def default_of(field: Field[Any]) -> Any:
+    """What a field is where nothing is written; MISSING where something must be."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def away_from_default(spec: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `content`, plain values of a dataclass, what its class would not have if nothing were written.
+
+    A hash over this stays when a setting is added, if the setting's default is what the code did before.
+    """
+    return {
+        field.name: away_from_default(value, content[field.name]) if is_dataclass(value) else content[field.name]
+        for field in fields(spec)
+        if field.name in content and (value := getattr(spec, field.name)) != default_of(field)
+    }
 
 
 def convert(node: Node, kind: Any) -> Any:
