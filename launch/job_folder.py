@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from launch.guardian import Place
 
 FOLDER = "slurm"
+PRIVATE = 0o600
+"""Of files with the values of environment variables, which may be keys and passwords."""
 TOKEN = "token"
 MISLEADING = (
     *("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK"),
@@ -60,7 +62,8 @@ class Job:
     def write(self, folder: Path) -> None:
         """job.json; job.py reads it with the standard library only."""
         values = asdict(self) | {"tasks": [[spec.to_json() for spec in task] for task in self.tasks]}
-        write_json(folder / "job.json", values | {"nodes": [task[0].resources.nodes for task in self.tasks]})
+        values |= {"nodes": [task[0].resources.nodes for task in self.tasks]}
+        write_json(folder / "job.json", values, mode=PRIVATE)
 
     @classmethod
     def read(cls, folder: Path) -> Job:

@@ -7,8 +7,9 @@ many workers a run has is the recipe's (`resources`): the profile has the same n
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -131,6 +132,7 @@ class Profile:
             at_least(name, getattr(self, name), 0)
         at_least("notice_seconds", self.notice_seconds, 10)
         at_least("form_seconds", self.form_seconds, 10)
+        self._check_text()
         self._check_time()
         self._check_ports()
         self._check_paths()
@@ -165,21 +167,58 @@ class Profile:
                 f"At most {LONGEST_SCRATCH}; /tmp fits.",
             )
 
+    def _check_text(self) -> None:
+        """Every text becomes a part of a script or a command line."""
+        for name, text in _texts(asdict(self)):
+            if any(ord(letter) < 32 for letter in text):
+                raise FieldError(name, f"{text!r} has a line break or control character: it would be another line.")
+        for name in ("partition", "account", "qos", "constraint", "gpu_type"):
+            if _SEPARATES.search(text := getattr(self, name) or ""):
+                raise FieldError(name, f"{text!r} is no such name: spaces, quotes, ; # $ \\ and ` cannot be in it.")
+
     def _check_commands(self) -> None:
         for line in self.sbatch:
-            if not line.startswith("-"):
-                raise FieldError("sbatch", f"{line!r} is no option of sbatch. Write it as in --reservation=x.")
-            option = re.split(r"[= ]", line)[0]
-            if option in _OURS:
-                raise FieldError("sbatch", f"{option} is set from the profile: {_OURS[option]}.")
+            self._check_option(line)
         for name in self.environment:
             if name in _NOT_THEIRS or not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise FieldError("environment", f"{name} {_NOT_THEIRS.get(name, 'is no name of a variable')}.")
+
+    @staticmethod
+    def _check_option(line: str) -> None:
+        """One option of sbatch, which is not set from another field."""
+        try:
+            option, *values = shlex.split(line)
+        except ValueError as error:
+            raise FieldError("sbatch", f"{line!r} cannot be read as an option of sbatch: {error}.") from None
+        if not option.startswith("-"):
+            raise FieldError("sbatch", f"{line!r} is no option of sbatch. Write it as in --reservation=x.")
+        if len(values) > 1 or (values and ("=" in option or values[0].startswith("-"))):
+            raise FieldError(
+                "sbatch", f"{line!r} is more than one option. Give each its own line; quote a value with spaces."
+            )
+        if (name := option.partition("=")[0]) in _OURS:
+            raise FieldError("sbatch", f"{name} is set from the profile: {_OURS[name]}.")
 
     @property
     def seconds(self) -> int:
         """The time limit [s]."""
         return seconds(self.time)
+
+
+_SEPARATES = re.compile(r"""[\s;'"`$\\#]""")
+
+
+def _texts(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a profile with the field that has it, the names of variables among them."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, below in value.items():
+            yield name, key
+            yield from _texts(below, f"{name}.{key}" if name else key)
+    elif isinstance(value, (list, tuple)):
+        for below in value:
+            yield from _texts(below, name)
 
 
 _OURS = {

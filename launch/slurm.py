@@ -23,7 +23,7 @@ from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import atomic_write, cache_root, run_folder, write_json
 from launch import gpu, inputs, preflight
 from launch import job as job_script
-from launch.job_folder import Job, Submitted, new_folder, runs_of, submissions
+from launch.job_folder import PRIVATE, Job, Submitted, new_folder, runs_of, submissions
 from launch.profile import Profile, seconds
 
 COMMAND_SECONDS = 60.0
@@ -439,7 +439,7 @@ def _nv(profile: Profile) -> list[str]:
 
 def render(job: Job, folder: Path) -> str:
     """The batch script. Everything in it is absolute: Slurm runs a copy of it, from a folder of its own."""
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options(job, folder))]
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in (*options(job, folder), *job.profile.sbatch))]
     profile = job.profile
     lines += [f"module load {shlex.quote(module)}" for module in profile.modules]
     if profile.platform == "cuda":
@@ -453,12 +453,12 @@ def render(job: Job, folder: Path) -> str:
 
 
 def options(job: Job, folder: Path) -> list[str]:
-    """sbatch's options, as written in the head of the script."""
+    """sbatch's options from the profile's fields, as written in the head of the script."""
     profile, resources = job.profile, job.tasks[0][0].resources
     names = {"partition": profile.partition, "account": profile.account, "qos": profile.qos}
     names["constraint"] = profile.constraint
     gpus = f"{profile.gpu_type}:" * bool(profile.gpu_type) + str(resources.gpus_per_node)
-    return [
+    found = [
         f"--job-name=klreg-{job.recipe}",
         f"--array=0-{len(job.tasks) - 1}%{profile.max_parallel}",
         *(f"--{name}={value}" for name, value in names.items() if value is not None),
@@ -474,8 +474,15 @@ def options(job: Job, folder: Path) -> list[str]:
         "--open-mode=append",
         f"--chdir={folder}",
         f"--output={folder}/logs/%a.log",
-        *profile.sbatch,
     ]
+    return [_in_head(option) for option in found]
+
+
+def _in_head(option: str) -> str:
+    """sbatch reads the words of a line as a shell does, as far as spaces, quotes and backslashes go."""
+    if "\n" in option:
+        raise ValueError(f"{option!r} has a line break, which would begin another line of the script. Rename it.")
+    return shlex.quote(option) if re.search(r"""[\s'"\\#]""", option) else option
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -504,7 +511,7 @@ def submit(job: Job, recipe_dir: Path) -> Submitted:
     folder = new_folder(recipe_dir)
     try:
         job.write(folder)
-        atomic_write(folder / "job.sbatch", render(job, folder))
+        atomic_write(folder / "job.sbatch", render(job, folder), mode=PRIVATE)
         _ask_first(folder / "job.sbatch")
         answer = _sbatch("--parsable", folder / "job.sbatch")
     except BaseException:

@@ -292,7 +292,7 @@ def test_a_grid_given_on_the_command_line_replaces_the_default_value(load: Load)
         ("seeds: [1, 2]", "seeds: []", "is empty. Give at least one seed, e.g. [1]."),
         ("seeds: [1, 2]", "sedes: [1, 2]", "study.yaml:4: sedes: unknown key 'sedes'. Did you mean 'seeds'?"),
         ("seeds: [1, 2]", "seeds: [1]\nbeta: 3", "unknown key 'beta'. Did you mean 'kl.beta'?"),
-        ("question: Does it?", "question: 3", "question: expected text, got 3. Put it in quotes."),
+        ("question: Does it?", "question: 3", "question: expected text, got 3. Put what you wrote in quotes."),
         (
             "builtin: palindrome",
             "builtin: palindrom",

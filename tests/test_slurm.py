@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +217,27 @@ def test_the_script_of_a_gpu_job(root: Path):
         "output": f"{root}/runs/study/slurm/1/logs/%a.log",
         "reservation": "x",
     }
+
+
+def test_a_folder_with_spaces_and_an_option_with_a_quoted_value_are_one_word_each(tmp_path: Path):
+    spaced = tmp_path / "my runs # 1"
+    spaced.mkdir()
+    where = profile(tmp_path, platform="cpu", constraint="[rack1*2&rack2*4]", sbatch=("--comment='a b'", "-w node1"))
+    job = slurm.make_job([run(tmp_path)], where, spaced)
+    text = slurm.render(job, spaced)
+    words = [shlex.split(line.removeprefix("#SBATCH ")) for line in text.splitlines() if line.startswith("#SBATCH ")]
+    assert [f"--chdir={spaced}"] in words
+    assert [f"--output={spaced}/logs/%a.log"] in words
+    assert ["--constraint=[rack1*2&rack2*4]"] in words
+    assert words[-2:] == [["--comment=a b"], ["-w", "node1"]]
+
+
+def test_only_the_user_can_read_what_holds_the_values_of_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(slurm, "ask", lambda *command: "7")
+    job = slurm.make_job([run(tmp_path)], profile(tmp_path, platform="cpu", environment={"KEY": "s"}), tmp_path)
+    submitted = slurm.submit(job, tmp_path / "study")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in submitted.folder.glob("job.*")}
+    assert modes == {"job.json": 0o600, "job.sbatch": 0o600}
 
 
 def test_a_cpu_job_asks_for_no_gpu_and_short_runs_share_a_job(root: Path):

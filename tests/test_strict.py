@@ -119,7 +119,7 @@ def test_a_whole_number_becomes_a_float_where_a_float_is_asked_for() -> None:
         ("name: a\ninner: {rate: 1e999}", "f.yaml:2: inner.rate: expected a number, got inf."),
         ("name: a\nflag: yes", "f.yaml:2: flag: expected true or false, got 'yes'. Write true."),
         ("name: a\nflag: 1", "f.yaml:2: flag: expected true or false, got 1."),
-        ("name: 12", "f.yaml:1: name: expected text, got 12. Put it in quotes."),
+        ("name: 12", "f.yaml:1: name: expected text, got 12. Put what you wrote in quotes."),
         ("name: a\nnumbers: 3", "f.yaml:2: numbers: expected a list, got 3. Write [3]."),
         ("name: a\nnumbers: [1,\n  x]", "f.yaml:3: numbers[1]: expected a number, got 'x'."),
         ("name: a\ninner: 3", "f.yaml:2: inner: expected a mapping (key: value), got 3."),

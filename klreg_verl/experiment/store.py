@@ -62,11 +62,16 @@ def run_folder(spec: RunSpec, runs_dir: Path) -> RunFolder:
     return RunFolder(runs_dir / spec.recipe / spec.run_id)
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Replaces a file so that a reader, and a kill at any instant, sees the old or the new content and nothing else."""
+def atomic_write(path: Path, data: bytes | str, *, mode: int | None = None) -> None:
+    """Replaces a file so that a reader, and a kill at any instant, sees the old or the new content and nothing else.
+
+    `mode`: its permissions, e.g. 0o600; None: as the umask has them.
+    """
     temporary = path.parent / f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp"
     try:
         with open(temporary, "xb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -77,9 +82,9 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     _sync_folder(path.parent)
 
 
-def write_json(path: Path, obj: Any) -> None:
+def write_json(path: Path, obj: Any, *, mode: int | None = None) -> None:
     """Indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
-    atomic_write(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    atomic_write(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
 
 
 def _sync_folder(folder: Path) -> None:

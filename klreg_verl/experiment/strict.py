@@ -358,7 +358,7 @@ def _scalar(node: Node, kind: type) -> Any:
 def scalar_advice(value: Any, kind: type) -> str:
     """What to write instead of a scalar of another type, after a space; empty where that is not plain."""
     if kind is str and isinstance(value, (bool, int, float)):
-        return " Put it in quotes."
+        return " Put what you wrote in quotes."  # 00123 has been read as 123
     if kind is int and isinstance(value, float) and value == int(value):
         return f" Write {int(value)}."
     if kind in (int, float) and isinstance(value, str) and re.fullmatch(r"[-+.\deE]+", value):
