@@ -12,6 +12,7 @@ import pytest
 from run_folders import KL_BLOCKS, card, synthetic_samples, write_run
 
 from klreg_verl.analysis import claims, runs
+from klreg_verl.core import statistics
 from klreg_verl.experiment import claims as written
 from klreg_verl.experiment.claims import ClaimSpec
 
@@ -248,7 +249,7 @@ def test_sentences_state_estimate_interval_p_and_what_they_rest_on(tmp_path: Pat
         "kept: diversity/coverage of reverse minus none differs from zero: +0.1010 (95 % interval 0.0918 to 0.1102, "
         "5 paired seeds)."
     )
-    assert "for a difference (paired t)" in told and "Exact sign flips: p 0.062; it cannot be below 0.062" in told
+    assert "for a difference (paired t)" in told and "Exact sign flips, which decide nothing: p 0.062." in told
     assert "The arms' values correlate by 0.97 over seeds." in told
 
 
@@ -258,6 +259,29 @@ def test_an_undecided_claim_says_how_many_more_seeds_would_decide(tmp_path: Path
     (verdict,) = judged(tmp_path)
     more = verdict.seeds - 5
     assert more > 0 and f"About {more} more seeds would decide it (80 % power" in claims.sentences([verdict])[0]
+
+
+def test_a_claim_with_looks_stops_at_those_and_says_which_is_next(tmp_path: Path) -> None:
+    looked = replace(COVERAGE, looks=(4, 8))
+    write(tmp_path, "none", NONE, registered={"kept": looked})
+    write(tmp_path, "reverse", against(WIDE), registered={"kept": looked})
+    (verdict,) = judged(tmp_path)
+    (told,) = claims.sentences([verdict])
+    assert verdict.comparison.seeds == (1, 2, 3, 4) and verdict.every == 5 and verdict.is_registered
+    assert "Look 1 of 2; the next is at 8 seeds." in told and "more seed" not in told
+    assert "allow for looks at 4, 8 seeds" in told
+    low, high = verdict.interval
+    wider = verdict.comparison.interval(statistics.look_level((4, 8), 1))
+    assert (low, high) == wider and wider[1] - wider[0] > np.diff(verdict.comparison.interval())
+
+
+def test_before_the_first_look_nothing_is_decided(tmp_path: Path) -> None:
+    looked = replace(COVERAGE, looks=(8, 16))
+    write(tmp_path, "none", NONE, registered={"kept": looked})
+    write(tmp_path, "reverse", against(FAR), registered={"kept": looked})
+    (verdict,) = judged(tmp_path)
+    assert verdict.decision.outcome == "undecided"
+    assert "has 5 pairs of seeds, the first look is at 8." in claims.sentences([verdict])[0]
 
 
 def test_the_table_has_what_decided(tmp_path: Path) -> None:

@@ -64,6 +64,13 @@ def test_claims_change_no_hash_and_go_with_the_run(tmp_path: Path) -> None:
     assert RunSpec.from_json(stored) == without[0]
 
 
+def test_what_later_versions_added_changes_no_hash_of_a_claim_without_it(tmp_path: Path) -> None:
+    listed = claims.canonical(load(tmp_path, TEXT + CLAIM).claims)
+    assert set(listed["coverage"]) == {"metric", "contrast", "margin", "compare", "at", "task"}
+    looked = claims.canonical(load(tmp_path, TEXT + claim(looks="[5, 10]")).claims)
+    assert looked["c"]["looks"] == [5, 10]
+
+
 def test_a_base_has_claims_too_and_overrides_reach_them(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(TEXT + CLAIM)
     (tmp_path / "child.yaml").write_text("base: base.yaml\nclaims: {coverage: {margin: 0.05}}\n")
@@ -84,6 +91,8 @@ def test_a_base_has_claims_too_and_overrides_reach_them(tmp_path: Path) -> None:
         (claim(task="maths"), "claims.c.task: there is no task 'maths'. Known: palindrome."),
         (claim(at="0.1"), "claims.c.at: 0.1 has no effect with `compare: end`."),
         (claim(compare="beta"), "claims.c.at: missing. `compare: beta` needs the beta to compare at."),
+        (claim(looks="[10, 5]"), "claims.c.looks: [10, 5]: give ascending numbers of seeds from 3 on."),
+        (claim(looks="[2, 5]"), "claims.c.looks: [2, 5]: give ascending numbers of seeds from 3 on."),
         (claim(compare="kl", at="-1"), "claims.c.at: -1.0 is not positive: there only the starting model is."),
         (claim(compare="beta", at="0"), "0.0 is not positive: there is no KL term; name an arm without one."),
         (claim(compare="middle"), "'middle' is not one of end, beta, kl"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def klreg(*arguments: str) -> tuple[int, str]:
 def test_the_table_is_in_units_of_the_spread_without_one() -> None:
     (row,) = power.seeds_table(Question(), seeds=[5])
     # 5 pairs: power_difference(1.682, 5) = 0.8
-    assert row["difference"] == pytest.approx(1.682, abs=1e-3) and row["smallest_flip_p"] == 0.0625
+    assert row["difference"] == pytest.approx(1.682, abs=1e-3)
     (scaled,) = power.seeds_table(Question(), sd=0.02, seeds=[5])
     assert scaled["difference"] == pytest.approx(0.02 * row["difference"])
 
@@ -95,6 +96,13 @@ def test_a_plan_with_runs_speaks_in_the_metrics_unit(study: Path) -> None:
     limit = statistics.sd_limit(SD, 3)
     assert f"with the spread of 4 finished seeds sees {limit * statistics.detectable_difference(8):.3f}" in claim
     assert claim.endswith("equivalence can be shown")
+
+
+def test_a_claim_with_looks_is_planned_for_its_last_one() -> None:
+    _, claim = power.plan_lines(5, {"c": replace(CLAIM, looks=(5, 10))})
+    # ten pairs at the nominal level 0.0480 of the second look instead of 0.05
+    margin = statistics.smallest_margin(10, statistics.look_level((5, 10), 2))
+    assert claim.endswith(f"looks at 5, 10 seeds: equivalence can be shown if the sd is at most {0.05 / margin:.3g}")
 
 
 def test_the_plan_command_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,24 @@
 
 import itertools
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
 from klreg_verl.core import statistics
-from klreg_verl.core.statistics import Estimate, Paired, decide, holm, paired, t_quantile, t_tail
+from klreg_verl.core.statistics import (
+    Estimate,
+    Paired,
+    at_look,
+    decide,
+    holm,
+    look_level,
+    paired,
+    sequence_p,
+    t_quantile,
+    t_tail,
+)
 
 SIMULATIONS = 2000
 """At a rate of 0.05 the standard error of a simulated rate is sqrt(0.05 * 0.95 / 2000) = 0.0049."""
@@ -125,7 +137,7 @@ def test_pairing_gains_what_the_correlation_says():
 
 def test_sign_flips_are_counted_as_by_hand():
     # 1 2 3: sums of +-1 +-2 +-3 that are as far out as 6: +6 and -6, 2 of 8
-    assert of([1, 2, 3]).p_flips() == 0.25 == of([1, 2, 3]).smallest_flips()
+    assert of([1, 2, 3]).p_flips() == 0.25
     # 1 2 -3: sum 0, all 8 are as far out
     assert of([1, 2, -3]).p_flips() == 1.0
 
@@ -139,7 +151,6 @@ def test_sign_flips_equal_brute_force():
 
 def test_too_many_pairs_for_all_flips_say_so():
     assert math.isnan(of(range(statistics.MAX_FLIPS + 1)).p_flips())
-    assert math.isnan(of(range(statistics.MAX_FLIPS + 1)).smallest_flips())
 
 
 # ---------------------------------------------------------------------------------------------------- decisions
@@ -176,24 +187,52 @@ def test_the_list_is_as_long_as_it_was_registered():
     assert among.p_difference == pytest.approx(5 * p)
 
 
-def test_sign_flips_have_a_say_only_where_they_can_pass():
-    # 8 pairs: 2 / 2^8 = 0.0078 can pass. One pair is far out: t is small for it, but the signs are mixed
-    even = of([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.9])
-    assert decide([even], [0.1])[0].flips_decide and decide([even], [0.1])[0].outcome == "differs"
-    # 5 pairs: 2 / 2^5 = 0.0625 cannot, and t decides alone
-    (few,) = decide([of([1.0, 1.0, 1.0, 1.0, 0.9])], [0.1])
-    assert few.p_flips == 0.0625 and not few.flips_decide and few.outcome == "differs"
-    # three claims: 3 * 0.0078 = 0.023 still can, ten: 0.078 cannot
-    assert decide([even], [0.1], family=3)[0].flips_decide and not decide([even], [0.1], family=10)[0].flips_decide
-
-
-def test_sign_flips_can_stop_a_t_test_that_passes():
-    # mean 0.7875, error 0.3159: t = 2.49 on 7 df, p = 0.041; but 14 of 256 sign patterns are as far out, p = 0.055
+def test_sign_flips_are_shown_and_decide_nothing():
+    # mean 0.7875, error 0.3159: t = 2.49 on 7 df, p = 0.041; 14 of 256 sign patterns are as far out, p = 0.055
     comparison = of([1.8, 1.8, 1.1, -0.4, 0.9, 0.2, -0.4, 1.3])
-    assert comparison.p_flips() == 14 / 256
-    assert comparison.p_difference() < 0.05 < comparison.p_flips()
+    assert comparison.p_difference() < 0.05 < comparison.p_flips() == 14 / 256
     (end,) = decide([comparison], [0.01])
-    assert end.flips_decide and end.outcome == "undecided"
+    assert (end.outcome, end.p_flips) == ("differs", 14 / 256)
+
+
+# ---------------------------------------------------------------------------------------------------- looks
+
+
+def test_the_bounds_are_those_of_the_tables():
+    # two-sided 0.05, equally spaced looks (Jennison & Turnbull 2000, table 2.3): c = 1.977 for two, 2.040 for five
+    normal = NormalDist()
+    assert look_level([5, 10], 1) == pytest.approx(2 * normal.cdf(-1.977 * math.sqrt(2)), rel=0.005)
+    assert look_level([5, 10], 2) == pytest.approx(2 * normal.cdf(-1.977), rel=0.005)
+    assert look_level([1, 2, 3, 4, 5], 5) == pytest.approx(2 * normal.cdf(-2.040), rel=0.005)
+
+
+def test_one_look_is_no_look():
+    for p in (1e-6, 0.03, 0.5, 0.99):
+        assert sequence_p([p], [8], sides=2) == pytest.approx(p) == sequence_p([p], [8], sides=1)
+    assert look_level([8], 1) == pytest.approx(0.05)
+
+
+def test_a_sequence_passes_exactly_when_a_look_passes_its_nominal_level():
+    first, last = look_level([5, 10], 1), look_level([5, 10], 2)
+    assert sequence_p([first], [5, 10], sides=2) == pytest.approx(0.05) == sequence_p([0.5, last], [5, 10], sides=2)
+    assert sequence_p([first / 2, 0.9], [5, 10], sides=2) < 0.05  # what the first look saw, the second cannot unsee
+    assert sequence_p([2 * first, 1.1 * last], [5, 10], sides=2) > 0.05
+
+
+def test_p_values_at_the_ends_of_their_range_stay_there():
+    assert sequence_p([1.0], [5, 10], sides=1) == sequence_p([1.0], [5, 10], sides=2) == pytest.approx(1.0)
+    assert sequence_p([0.0], [5, 10], sides=2) == pytest.approx(0.0, abs=1e-12)
+    assert math.isnan(sequence_p([], [5, 10], sides=2))
+
+
+def test_pairs_between_two_looks_wait_and_those_after_the_last_do_not_enter():
+    far = of([1.0, 1.1, 0.9, 1.05, 0.95, -9.0, 9.0])
+    assert at_look(far, (5, 10)).num == 5 and at_look(far, (8, 10)).num == 0 and at_look(far, (3, 6)).num == 6
+    assert at_look(far, ()) is far
+    between, after = decide([far], [0.1], looks=[(5, 10)]), decide([far], [0.1], looks=[(3, 5)])
+    assert between[0].outcome == after[0].outcome == "differs"
+    assert decide([far], [0.1], looks=[(8, 10)])[0].outcome == "undecided"
+    assert decide([far], [0.1])[0].outcome == "undecided"
 
 
 # ---------------------------------------------------------------------------------------------------- simulation
@@ -290,10 +329,11 @@ def test_what_no_number_of_seeds_shows():
     assert statistics.seeds_for_equivalence(0.5, 0.5) is None and statistics.seeds_for_equivalence(0.5, 0.7) is None
 
 
-def test_seeds_to_decide_are_the_fewer_of_both_ways():
-    # mean 0.5, sd 1: 34 pairs see the difference; a margin of 4 sd is shown with fewer, one of 0.5 never
+def test_seeds_to_decide_are_the_fewer_of_both_ways_at_the_limit_of_the_sd():
+    # mean 0.5, sd sqrt(4 / 5) = 0.894; its limit of 6 pairs is 0.894 sqrt(5 / 2.343) = 1.307
     comparison = of([1.5, -0.5, 0.5, 1.5, -0.5, 0.5])
-    scale = comparison.sd
+    scale = statistics.sd_limit(comparison.sd, 5)
+    assert scale == pytest.approx(1.307, abs=1e-3)
     assert statistics.seeds_to_decide(comparison, 0.5) == statistics.seeds_for_difference(0.5 / scale)
     wide = statistics.seeds_to_decide(comparison, 0.5 + 1.0 * scale)
     assert wide == statistics.seeds_for_equivalence(0.5 / scale + 1.0, 0.5 / scale) < 34

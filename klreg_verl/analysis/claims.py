@@ -35,9 +35,12 @@ from klreg_verl.core.statistics import (
     Decision,
     Noise,
     Paired,
+    at_look,
     decide,
     evaluation_noise,
+    look_level,
     paired,
+    reached,
     seeds_to_decide,
 )
 from klreg_verl.experiment import strict
@@ -47,7 +50,8 @@ NOTE = (
     "Written in the recipe before the runs and hashed into their cards; decided on finished runs paired by seed, with "
     "Holm's correction of the p-values inside this list; the intervals are each claim's own. A claim that came later "
     "is exploratory, and so is everything else in this report. Seeds that are added because of what is read here are a "
-    "second look, which raises the error rate."
+    "second look, which raises the error rate, unless the claim declared its looks. The paired t test decides; the "
+    "sign flips beside it decide nothing."
 )
 """What a reader must know of the list."""
 
@@ -68,11 +72,20 @@ class Verdict:
     """What of the estimate's error comes from the prompts, where the samples tell."""
     notes: tuple[str, ...] = ()
     """Sentences about what was left out, and how the arms differ besides."""
+    every: int = 0
+    """Pairs that there are; the comparison has those up to the last look that was reached."""
 
     @property
     def is_registered(self) -> bool:
         """Whether the claim was in every compared run's card from its start."""
         return self.family > 0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The t interval that covers the difference 95 times in 100, whatever look it stopped at."""
+        looks = self.claim.looks
+        taken = len(reached(looks, self.every))
+        return self.comparison.interval(look_level(looks, taken) if taken else LEVEL)
 
 
 # ---------------------------------------------------------------------------------------------------- comparing
@@ -149,7 +162,8 @@ def judge(
         Verdict(
             name=each.name,
             claim=each.claim,
-            comparison=each.comparison,
+            comparison=at_look(each.comparison, each.claim.looks),
+            every=each.comparison.num,
             decision=decision,
             family=family if each.is_registered else 0,
             seeds=_seeds(each, decision, level / remaining if each.is_registered else level),
@@ -177,17 +191,22 @@ def _candidates(
 def _decisions(candidates: Sequence[_Candidate], family: int, level: float) -> list[Decision]:
     """The registered ones as one family; each of the others alone."""
     inside = [each for each in candidates if each.is_registered]
-    margins = [each.claim.margin for each in inside]
-    together = iter(decide([each.comparison for each in inside], margins, level=level, family=family))
-    return [
-        next(together) if each.is_registered else decide([each.comparison], [each.claim.margin], level=level)[0]
-        for each in candidates
-    ]
+    together = iter(_decide(inside, level, family))
+    return [next(together) if each.is_registered else _decide([each], level, 1)[0] for each in candidates]
+
+
+def _decide(candidates: Sequence[_Candidate], level: float, family: int) -> list[Decision]:
+    comparisons, claims = [each.comparison for each in candidates], [each.claim for each in candidates]
+    margins, looks = [claim.margin for claim in claims], [claim.looks for claim in claims]
+    return decide(comparisons, margins, looks=looks, level=level, family=family)
 
 
 def _seeds(candidate: _Candidate, decision: Decision, level: float) -> int | None:
-    """Seeds that would decide what is not decided, at the level that Holm leaves the first of the undecided."""
-    if decision.outcome != "undecided":
+    """Seeds that would decide what is not decided, at the level that Holm leaves the first of the undecided.
+
+    A claim with looks has its numbers of seeds already.
+    """
+    if decision.outcome != "undecided" or candidate.claim.looks:
         return None
     return seeds_to_decide(candidate.comparison, candidate.claim.margin, level)
 
@@ -309,7 +328,7 @@ def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
 
 def _row(verdict: Verdict) -> dict[str, Any]:
     claim, comparison, decision = verdict.claim, verdict.comparison, verdict.decision
-    low, high = comparison.interval()
+    low, high = verdict.interval
     return {
         "claim": verdict.name,
         "metric": claim.metric,
@@ -353,13 +372,16 @@ def _places(verdict: Verdict) -> int:
 def _numbers(verdict: Verdict) -> str:
     """ "−0.031 [−0.045, −0.017], 8 seeds, p 0.002"."""
     comparison, decision, places = verdict.comparison, verdict.decision, _places(verdict)
+    if verdict.claim.looks and not reached(verdict.claim.looks, verdict.every):
+        pairs = f"{verdict.every} pair{'s' * (verdict.every != 1)}"
+        return f"has {pairs} of seeds, the first look is at {verdict.claim.looks[0]}"
     if comparison.num < 2:
         return f"has {comparison.num} pair{'s' * (comparison.num != 1)} of seeds, at least 2 are needed"
     if not comparison.is_testable:
         return (
             f"{stats.number(comparison.mean, places, sign=True)} in each of {comparison.num} seeds, {SURE} are needed"
         )
-    low, high = (stats.number(end, places) for end in comparison.interval())
+    low, high = (stats.number(end, places) for end in verdict.interval)
     p = decision.p_equivalence if decision.outcome == "equivalent" else decision.p_difference
     mean = stats.number(comparison.mean, places, sign=True)
     return f"{mean} [{low}, {high}], {comparison.num} seeds, p {p_text(p)}"
@@ -375,8 +397,8 @@ def finding(verdict: Verdict) -> str:
     claim, comparison, places = verdict.claim, verdict.comparison, _places(verdict)
     head = f"{verdict.name}{'' if verdict.is_registered else ' (exploratory, not registered before the runs)'}:"
     if not comparison.is_testable:
-        return f"{head} undecided. {_contrast(verdict)} {_numbers(verdict)}."
-    low, high = (stats.number(end, places) for end in comparison.interval())
+        return " ".join([f"{head} undecided. {_contrast(verdict)} {_numbers(verdict)}.", *_next_look(verdict)])
+    low, high = (stats.number(end, places) for end in verdict.interval)
     mean = stats.number(comparison.mean, places, sign=True)
     estimate = f"{mean} (95 % interval {low} to {high}, {comparison.num} paired seeds)"
     if verdict.decision.outcome == "differs":
@@ -388,12 +410,22 @@ def finding(verdict: Verdict) -> str:
 
 
 def _more(verdict: Verdict) -> str:
+    """What more seeds would do, and what looking again because of this sentence costs."""
+    if verdict.claim.looks:
+        return " ".join(_next_look(verdict)) or "That was the last look; it stays open."
     if verdict.seeds is None:
-        return f"Even {MAX_SEEDS:,} seeds would not decide it if difference and spread are as seen."
+        return f"Even {MAX_SEEDS:,} seeds would not decide it if the difference is as seen."
     more = verdict.seeds - verdict.comparison.num
     return (
-        f"About {more} more seed{'s' * (more != 1)} would decide it (80 % power, if difference and spread are as seen)."
+        f"About {more} more seed{'s' * (more != 1)} would decide it (80 % power if the difference is as seen, the sd "
+        "at its 80 % limit); but no looks were declared, so a decision after this one is exploratory."
     )
+
+
+def _next_look(verdict: Verdict) -> Iterable[str]:
+    looks, taken = verdict.claim.looks, len(reached(verdict.claim.looks, verdict.every))
+    if 0 < taken < len(looks):
+        yield f"Look {taken} of {len(looks)}; the next is at {looks[taken]} seeds."
 
 
 def _evidence(verdict: Verdict) -> Iterable[str]:
@@ -406,6 +438,9 @@ def _evidence(verdict: Verdict) -> Iterable[str]:
         f"equivalence (TOST){over}."
     )
     yield _flips(verdict)
+    if verdict.claim.looks:
+        looks = ", ".join(map(str, verdict.claim.looks))
+        yield f"The p-values and the interval allow for looks at {looks} seeds (O'Brien and Fleming's bounds)."
     if math.isfinite(comparison.correlation):
         yield f"The arms' values correlate by {stats.number(comparison.correlation, 2)} over seeds."
     if verdict.noise is not None and comparison.standard_error > 0:
@@ -417,12 +452,6 @@ def _evidence(verdict: Verdict) -> Iterable[str]:
 
 
 def _flips(verdict: Verdict) -> str:
-    smallest, family = verdict.comparison.smallest_flips(), max(1, verdict.family)
-    if not math.isfinite(smallest):
+    if math.isnan(verdict.decision.p_flips):
         return "Too many pairs to list all sign flips."
-    if verdict.decision.flips_decide:
-        return f"Exact sign flips, which have a say: p {p_text(verdict.decision.p_flips)}."
-    least = min(1.0, smallest * family)
-    return (
-        f"Exact sign flips: p {p_text(verdict.decision.p_flips)}; it cannot be below {p_text(least)} with so few pairs."
-    )
+    return f"Exact sign flips, which decide nothing: p {p_text(verdict.decision.p_flips)}."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,12 @@ class Question:
 
 
 def seeds_table(question: Question, sd: float = 1.0, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
-    """A row a number of seeds: the difference it sees, the margin it shows equivalence in, the smallest exact p."""
+    """A row a number of seeds: the difference it sees, and the margin it shows equivalence in."""
     return [
         {
             "seeds": num,
             "difference": sd * statistics.detectable_difference(num, question.share, question.power),
             "margin": sd * statistics.smallest_margin(num, question.share, question.power),
-            "smallest_flip_p": 2.0 ** (1 - num),
         }
         for num in seeds
     ]
@@ -253,11 +252,22 @@ def plan_lines(seeds: int, claims: Mapping[str, ClaimSpec], runs: Sequence[Run] 
         f"seeds {seeds}: see differences of {row['difference']:.2f} times the sd between paired seeds "
         f"({POWER:.0%} power{over}), show equivalence within ±{row['margin']:.2f} times it"
     ]
-    return told + [_claim_line(name, claim, row, runs) for name, claim in claims.items()]
+    return told + [
+        _claim_line(name, claim, _at_last_look(claim, question) or row, runs) for name, claim in claims.items()
+    ]
+
+
+def _at_last_look(claim: ClaimSpec, question: Question) -> dict[str, Any]:
+    """What the claim's last look shows at its own nominal level (the looks before add to that); empty without looks."""
+    if not claim.looks:
+        return {}
+    level = statistics.look_level(claim.looks, len(claim.looks), question.share)
+    return seeds_table(replace(question, level=level, claims=1), 1.0, claim.looks[-1:])[0]
 
 
 def _claim_line(name: str, claim: ClaimSpec, row: Mapping[str, float], runs: Sequence[Run]) -> str:
     head = f"claim {name}: {claim.metric} of {claim.contrast[0]} minus {claim.contrast[1]}, margin ±{claim.margin:g}"
+    head += f", looks at {', '.join(map(str, claim.looks))} seeds" if claim.looks else ""
     comparison = verdicts.compare(runs, claim)
     if not comparison.is_testable:
         return f"{head}: equivalence can be shown if the sd is at most {claim.margin / row['margin']:.3g}"

@@ -18,7 +18,6 @@ from klreg_verl.analysis.summary import (
     recorded_columns,
     steps_text,
 )
-from klreg_verl.core.statistics import Paired
 
 WHICH = ("predicted", "achieved")
 LATEX = {
@@ -236,7 +235,7 @@ def _claim_line(verdict: claims.Verdict) -> Line:
     claim, decision = verdict.claim, verdict.decision
     cells = (
         f"{decision.outcome}{'' if verdict.is_registered else ' (exploratory)'}",
-        *_claim_estimate(verdict.comparison),
+        *_claim_estimate(verdict),
         f"±{claim.margin:g}",
         f"{verdict.comparison.num}",
         claims.p_text(decision.p_difference),
@@ -245,11 +244,12 @@ def _claim_line(verdict: claims.Verdict) -> Line:
     return Line(label=f"{verdict.name}: {claim.metric}, {claim.contrast[0]} − {claim.contrast[1]}", cells=cells)
 
 
-def _claim_estimate(found: Paired) -> tuple[str, str]:
+def _claim_estimate(verdict: claims.Verdict) -> tuple[str, str]:
     """Difference and interval with the decimals that the error allows; "–" for what is not known."""
+    found = verdict.comparison
     places = stats.decimals([found.standard_error])
     mean = stats.number(found.mean, places, sign=True) if found.num else "–"
-    low, high = (stats.number(end, places) for end in found.interval())
+    low, high = (stats.number(end, places) for end in verdict.interval)
     return mean, f"{low} to {high}" if found.is_testable else "–"
 
 

@@ -2,24 +2,27 @@
 
     Paired            the differences of two arms over the seeds that both have: t interval, t test, TOST, sign flips
     decide            a list of pre-registered comparisons -> differs | equivalent | undecided, Holm inside the list
-    power_*, seeds_*  power and sample sizes of the two tests, from the noncentral t by quadrature
+    sequence_p        one p-value of several looks at a growing number of pairs, by O'Brien and Fleming's bounds
+    power_*, seeds_*  power and sample sizes of the rule that decides, from the noncentral t
     evaluation_noise  the part of a difference's error that comes from the prompts it was evaluated on
 
 With 3 to 8 seeds a bootstrap over seeds is far from its nominal coverage (0.74 of 0.95 with three), the t interval is
-not; so seeds get t, prompts (hundreds) get the bootstrap. numpy alone: what is needed of Student's t is written out.
+not; so seeds get t, prompts (hundreds) get the bootstrap. The paired t with Holm decides, and nothing else: the sign
+flips stand beside it as a check of what normality does, and a power is the power of that rule.
 
-Sources: Student's t by the incomplete beta function (Abramowitz & Stegun 26.5.2, 26.7.1; the continued fraction is
-DLMF 8.17.22 with Lentz's method); TOST: Schuirmann (1987), J. Pharmacokinet. Biopharm. 15; Holm (1979), Scand. J.
-Statist. 6; sign flips: Fisher (1935), The Design of Experiments, section 21; power of TOST: Phillips (1990),
-J. Pharmacokinet. Biopharm. 18.
+Sources: TOST: Schuirmann (1987), J. Pharmacokinet. Biopharm. 15; Holm (1979), Scand. J. Statist. 6; sign flips: Fisher
+(1935), The Design of Experiments, section 21; power of TOST: Phillips (1990), J. Pharmacokinet. Biopharm. 18; looks:
+O'Brien & Fleming (1979), Biometrics 35, with the t test at each look's nominal level (Jennison & Turnbull 2000, Group
+Sequential Methods, 3.8), and Holm over the p-values of whole sequences (Liu & Anderson 2008, JASA 103).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -68,69 +71,38 @@ def difference(left: Estimate, right: Estimate) -> Estimate:
 
 # ---------------------------------------------------------------------------------------------------- Student's t
 
+# scipy.special is imported inside the functions: it takes a third of a second, and commands that decide nothing need none.
+
 
 def t_tail(t: float, df: float) -> float:
-    """P(T > t) of Student's t with `df` degrees of freedom; relative accuracy about 1e-12, also far out."""
-    if math.isnan(t):
-        return math.nan
-    if math.isinf(t):
-        return float(t < 0)
-    square = t * t
-    tail = 0.5 * _incomplete_beta(df / 2, 0.5, df / (df + square), square / (df + square))
-    return tail if t >= 0 else 1.0 - tail
+    """P(T > t) of Student's t with `df` degrees of freedom; it keeps its digits far out."""
+    from scipy.special import stdtr
+
+    return float(stdtr(df, -t))
 
 
 @lru_cache(maxsize=4096)
 def t_quantile(p: float, df: float) -> float:
-    """The t with P(T <= t) = p, by bisection of `t_tail` to the last bit.
+    """The t with P(T <= t) = p.
 
     Raises:
         ValueError: p is not inside (0, 1), or df is not positive.
     """
     if not 0 < p < 1 or not df > 0:
         raise ValueError(f"t_quantile({p}, {df}): p must be between 0 and 1 and df positive.")
-    if p < 0.5:
-        return -t_quantile(1 - p, df)
-    return _bisect(lambda t: t_tail(t, df) > 1 - p, 0.0, 1.0)
+    from scipy.special import stdtrit
+
+    return float(stdtrit(df, p))
 
 
 def _bisect(is_below: Callable[[float], bool], low: float, high: float) -> float:
-    """The point where `is_below` turns false; `high` is doubled until it is there."""
+    """The point where `is_below` turns false, to a part in 10^12; `high` is doubled until it is there."""
     while is_below(high):
         low, high = high, 2 * high
-    for _ in range(200):
+    while high - low > 1e-12 * high:
         middle = (low + high) / 2
-        if middle in (low, high):
-            break
         low, high = (middle, high) if is_below(middle) else (low, middle)
     return high
-
-
-def _incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
-    """Regularized I_x(a, b); `rest` is 1 - x, given so that it keeps its digits when x is near 1."""
-    if x <= 0 or rest <= 0:
-        return float(x > 0)
-    if x > (a + 1) / (a + b + 2):
-        return 1.0 - _incomplete_beta(b, a, rest, x)
-    scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest)
-    return math.exp(scale) / (a * _beta_fraction(a, b, x))
-
-
-def _beta_fraction(a: float, b: float, x: float) -> float:
-    """The continued fraction of DLMF 8.17.22, 1 + d1/(1 + d2/(1 + ...)), by Lentz's method."""
-    value, c, d = 1.0, 1.0, 0.0
-    for term in range(1, 10_000):
-        half = term // 2
-        if term % 2:
-            step = -(a + half) * (a + b + half) * x / ((a + 2 * half) * (a + 2 * half + 1))
-        else:
-            step = half * (b - half) * x / ((a + 2 * half - 1) * (a + 2 * half))
-        d = 1.0 / (1.0 + step * d)
-        c = 1.0 + step / c
-        value *= c * d
-        if abs(c * d - 1.0) < 1e-15:
-            break
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------- pairs of seeds
@@ -221,9 +193,9 @@ class Paired:
         observed = abs(self.differences.sum())
         return float((np.abs(sums) >= observed - 1e-12 * np.abs(self.differences).sum()).mean())
 
-    def smallest_flips(self) -> float:
-        """The smallest p that `p_flips` can have: both ways of all signs alike, 2 of 2^n."""
-        return 2.0 ** (1 - self.num) if 2 <= self.num <= MAX_FLIPS else math.nan
+    def first(self, num: int) -> Paired:
+        """The pairs of the `num` lowest seeds."""
+        return replace(self, seeds=self.seeds[:num], left=self.left[:num], right=self.right[:num])
 
     def _t(self, value: float) -> float:
         """(mean - value) / standard error; infinite without any spread, 0 if there is no distance either."""
@@ -262,6 +234,62 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def _crossing(height: float, shares: Sequence[float], sides: int) -> float:
+    """P(B(t) >= height at one of the times `shares`) of Brownian motion, or of |B(t)| where `sides` is 2."""
+    from scipy.special import ndtr
+
+    if sides == 2 and height <= 0:
+        return 1.0
+    height = max(-9.0, min(height, 9.0))  # beyond there is nothing to integrate
+    low = -height if sides == 2 else min(height, 0.0) - 9.0
+    x, w = _legendre()
+    nodes, weights = low + (height - low) * (x + 1) / 2, w * (height - low) / 2
+    if len(shares) == 1:
+        return float(sides * ndtr(-height / math.sqrt(shares[0])))
+    inside = _density(nodes, shares[0])
+    for before, now in pairwise(shares):
+        inside = _density(nodes[:, None] - nodes, now - before) @ (weights * inside)
+    return max(0.0, 1.0 - float(weights @ inside))
+
+
+def _density(x: Array, variance: float) -> Array:
+    """Of a normal variable with mean 0."""
+    return np.asarray(np.exp(-(x**2) / (2 * variance)) / math.sqrt(2 * math.pi * variance))
+
+
+def sequence_p(p_values: Sequence[float], looks: Sequence[int], *, sides: int) -> float:
+    """The p-value of all looks up to now: the smallest error rate at which one of them passes O'Brien and Fleming's bound.
+
+    Their bound on the z of the look at n of N pairs is c sqrt(N / n), the same c for all looks; so what counts is the
+    largest z sqrt(n / N) seen. It is at most `level` with probability `level` at most, however the looks end.
+
+    Args:
+        p_values: of the tests at the looks that were reached, in order; empty gives NaN.
+        looks: pairs at all looks that were planned, ascending.
+        sides: 2 for two-sided p-values, 1 for one-sided ones (an equivalence's).
+    """
+    from scipy.special import ndtri
+
+    if not p_values or any(map(math.isnan, p_values)):
+        return math.nan
+    shares = [num / looks[-1] for num in looks]
+    heights = [-float(ndtri(p / sides)) * math.sqrt(share) for p, share in zip(p_values, shares, strict=False)]
+    return _crossing(max(heights), shares, sides)
+
+
+def look_level(looks: Sequence[int], taken: int, level: float = LEVEL) -> float:
+    """The two-sided nominal error rate of look number `taken` (from 1), such that all together have `level`."""
+    from scipy.special import ndtr
+
+    return float(2 * ndtr(-_bound(tuple(looks), level) * math.sqrt(looks[-1] / looks[taken - 1])))
+
+
+@lru_cache(maxsize=256)
+def _bound(looks: tuple[int, ...], level: float) -> float:
+    """The c of `sequence_p` that is exceeded with probability `level`."""
+    return _bisect(lambda c: _crossing(c, [num / looks[-1] for num in looks], 2) > level, 0.0, 1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decision:
     """How one comparison of a list ended; the p-values are Holm-adjusted inside the list."""
@@ -270,48 +298,74 @@ class Decision:
     p_difference: float
     p_equivalence: float
     p_flips: float
-    flips_decide: bool
-    """Whether the exact test could have passed at all (its smallest p, times the family), and so had a say."""
+    """Of the exact sign flips: for a reader, it decides nothing."""
     is_nonzero: bool
     """Whether the difference is told from zero; an equivalence can be nonzero, too: real, but too small to matter."""
 
 
 def decide(
-    comparisons: Sequence[Paired], margins: Sequence[float], *, level: float = LEVEL, family: int | None = None
+    comparisons: Sequence[Paired],
+    margins: Sequence[float],
+    *,
+    looks: Sequence[Sequence[int]] | None = None,
+    level: float = LEVEL,
+    family: int | None = None,
 ) -> list[Decision]:
     """Ends each comparison of one list as differs, equivalent or undecided.
 
-    *equivalent*: TOST within the margin passes. Else *differs*: the paired t passes, and so do the exact sign flips
-    where they can pass at all. Else *undecided*. The p-values of the differences are adjusted by Holm over the list,
-    and so are those of the equivalences: the probability of one false "differs" or more in the list is at most
-    `level`, and that of one false "equivalent" or more is, too.
+    *equivalent*: TOST within the margin passes. Else *differs*: the paired t passes. Else *undecided*. The p-values of
+    the differences are adjusted by Holm over the list, and so are those of the equivalences: the probability of one
+    false "differs" or more in the list is at most `level`, and that of one false "equivalent" or more is, too.
 
     Args:
         comparisons: the whole list; those without two pairs are undecided and count.
         margins: of each, in the unit of its values, > 0.
+        looks: of each, the numbers of pairs at which it was planned to be looked at, ascending; empty: at all that
+            there are, once. Pairs between two looks wait for the next, those after the last one do not enter.
         level: of each of the two families.
         family: members of the list, if more were registered than are given here.
     """
     missing = [math.nan] * max(0, (family or 0) - len(comparisons))
-    size = len(comparisons) + len(missing)
-    differing = holm([each.p_difference() for each in comparisons] + missing)
-    equal = holm([each.p_equivalence(margin) for each, margin in zip(comparisons, margins, strict=True)] + missing)
-    flipped = holm([each.p_flips() for each in comparisons] + missing)
-    return [
-        _decision(p, q, f, size * each.smallest_flips() <= level, level)
-        for each, p, q, f in zip(comparisons, differing, equal, flipped, strict=False)
-    ]
+    planned = looks or [()] * len(comparisons)
+    members = list(zip(comparisons, margins, planned, strict=True))
+    differing = holm([_p_difference(each, at) for each, _, at in members] + missing)
+    equal = holm([_p_equivalence(each, margin, at) for each, margin, at in members] + missing)
+    flipped = holm([at_look(each, at).p_flips() for each, _, at in members] + missing)
+    return [_decision(*p_values, level) for p_values in zip(differing, equal, flipped, strict=True)][: len(members)]
 
 
-def _decision(p_difference: float, p_equivalence: float, p_flips: float, flips: bool, level: float) -> Decision:
-    nonzero = p_difference <= level and (not flips or p_flips <= level)
+def reached(looks: Sequence[int], num: int) -> list[int]:
+    """The looks that `num` pairs have reached."""
+    return [look for look in looks if look <= num]
+
+
+def at_look(comparison: Paired, looks: Sequence[int]) -> Paired:
+    """The pairs that decide: those up to the last look that was reached; all of them where no looks were planned."""
+    return comparison.first(max(reached(looks, comparison.num), default=0)) if looks else comparison
+
+
+def _p_difference(comparison: Paired, looks: Sequence[int]) -> float:
+    if not looks:
+        return comparison.p_difference()
+    taken = [comparison.first(num).p_difference() for num in reached(looks, comparison.num)]
+    return sequence_p(taken, looks, sides=2)
+
+
+def _p_equivalence(comparison: Paired, margin: float, looks: Sequence[int]) -> float:
+    if not looks:
+        return comparison.p_equivalence(margin)
+    taken = [comparison.first(num).p_equivalence(margin) for num in reached(looks, comparison.num)]
+    return sequence_p(taken, looks, sides=1)
+
+
+def _decision(p_difference: float, p_equivalence: float, p_flips: float, level: float) -> Decision:
+    nonzero = p_difference <= level
     outcome: Outcome = "equivalent" if p_equivalence <= level else "differs" if nonzero else "undecided"
     return Decision(
         outcome=outcome,
         p_difference=p_difference,
         p_equivalence=p_equivalence,
         p_flips=p_flips,
-        flips_decide=flips,
         is_nonzero=nonzero,
     )
 
@@ -319,62 +373,40 @@ def _decision(p_difference: float, p_equivalence: float, p_flips: float, flips: 
 # ---------------------------------------------------------------------------------------------------- power
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Chi:
-    """Nodes and weights of S = sqrt(chi2_df / df), the spread seen over the true one."""
-
-    nodes: Array
-    weights: Array
-
-
 @lru_cache(maxsize=1)
 def _legendre() -> tuple[Array, Array]:
-    """(nodes, weights) on [-1, 1]: 400 leave no error above 1e-10 in any power here."""
-    nodes, weights = np.polynomial.legendre.leggauss(400)
+    """(nodes, weights) of Gauss and Legendre on [-1, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(100)
     return nodes, weights
-
-
-@lru_cache(maxsize=256)
-def _chi(df: int, limit: float = math.inf) -> _Chi:
-    """Gauss-Legendre over nine standard deviations around 1, where all but 1e-15 of the mass is; up to `limit`."""
-    x, w = _legendre()
-    low = max(0.0, 1 - 9 / math.sqrt(df))
-    high = max(low, min(1 + 9 / math.sqrt(df), limit))
-    nodes, half = low + (high - low) * (x + 1) / 2, (high - low) / 2
-    return _Chi(nodes=nodes, weights=w * half * np.exp(_log_chi(nodes, df)))
-
-
-def _log_chi(s: Array, df: int) -> Array:
-    """Log density of sqrt(chi2_df / df)."""
-    scale = math.log(2) + df / 2 * math.log(df / 2) - math.lgamma(df / 2)
-    return np.asarray(scale + (df - 1) * np.log(s) - df * s**2 / 2)
-
-
-def _normal(x: Array) -> Array:
-    """P(Z <= x)."""
-    return np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x])
 
 
 def power_difference(effect: float, num: int, level: float = LEVEL) -> float:
     """Probability that the two-sided paired t passes, for `num` pairs and `effect` = difference / sd of a difference.
 
-    P(|T| > t) of the noncentral t: given S the numerator is normal, and S is integrated out.
+    P(|T| > t) of the noncentral t.
     """
-    t, shift, spread = t_quantile(1 - level / 2, num - 1), effect * math.sqrt(num), _chi(num - 1)
-    passing = _normal(shift - t * spread.nodes) + _normal(-shift - t * spread.nodes)
-    return float(passing @ spread.weights)
+    from scipy.special import nctdtr
+
+    df, t, shift = num - 1, t_quantile(1 - level / 2, num - 1), abs(effect) * math.sqrt(num)
+    return float(1 - nctdtr(df, shift, t) + nctdtr(df, shift, -t))
 
 
 def power_equivalence(margin: float, num: int, effect: float = 0.0, level: float = LEVEL) -> float:
     """Probability that TOST passes; `margin` and the true `effect` in units of the sd of a difference.
 
-    With a spread above margin sqrt(num) / t no mean passes both tests: the integral over the spread ends there.
+    Given the spread S seen over the true one the mean is normal, and S is integrated out: over v = df S^2 / 2, a gamma
+    variable, by its distribution function u. With S above margin sqrt(num) / t no mean passes both tests.
     """
-    t, root = t_quantile(1 - level, num - 1), math.sqrt(num)
-    spread = _chi(num - 1, root * margin / t if t > 0 else math.inf)
-    upper, lower = root * (margin - effect), root * (margin + effect)
-    passing = _normal(upper - t * spread.nodes) - _normal(t * spread.nodes - lower)
-    return float(passing @ spread.weights)
+    from scipy.special import gammainc, gammaincinv, ndtr
+
+    df, t, root = num - 1, t_quantile(1 - level, num - 1), math.sqrt(num)
+    most = gammainc(df / 2, df / 2 * (root * margin / t) ** 2) if t > 0 else 1.0
+    x, w = _legendre()
+    y = (x + 1) / 2
+    u, density = y**2 * (3 - 2 * y), 3 * y * (1 - y)  # more nodes at both ends, where S changes fastest with u
+    spread = np.sqrt(2 / df * gammaincinv(df / 2, most * u))
+    passing = ndtr(root * (margin - effect) - t * spread) - ndtr(t * spread - root * (margin + effect))
+    return float(most * (w * density) @ passing)
 
 
 def seeds_for_difference(effect: float, level: float = LEVEL, power: float = POWER) -> int | None:
@@ -416,27 +448,24 @@ def sd_limit(sd: float, df: int, confidence: float = 0.8) -> float:
     """The value that the true standard deviation does not exceed with this confidence, from one seen with `df`.
 
     A pilot of a few seeds shows a spread that is as often too small as too large, and a study planned with it is too
-    small as often (Browne 1995, Statistics in Medicine 14). From sd^2 df / sigma^2 ~ chi2: sd over the quantile
-    1 - confidence of sqrt(chi2_df / df).
+    small as often (Browne 1995, Statistics in Medicine 14). From sd^2 df / sigma^2 ~ chi2.
     """
-    return sd / _bisect(lambda s: _chi_below(s, df) < 1 - confidence, 0.0, 1.0)
+    from scipy.special import chdtri
 
-
-def _chi_below(s: float, df: int) -> float:
-    """P(sqrt(chi2_df / df) <= s)."""
-    x, w = _legendre()
-    return float(w @ np.exp(_log_chi(s * (x + 1) / 2, df))) * s / 2
+    return float(sd / math.sqrt(chdtri(df, confidence) / df))
 
 
 def seeds_to_decide(comparison: Paired, margin: float, level: float = LEVEL, power: float = POWER) -> int | None:
-    """Pairs, those there are included, with which the comparison would end, if its mean and sd are the true ones.
+    """Pairs, those there are included, with which the comparison would end, if its mean is the true one.
 
-    The fewer of what a difference and what an equivalence would need; None where both need more than MAX_SEEDS, or
-    the spread is not known. More than there are by at least one.
+    The sd is taken at its 80 % limit (`sd_limit`), as wherever a number of seeds is planned. The fewer of what a
+    difference and what an equivalence would need; None where both need more than MAX_SEEDS, or the spread is not
+    known. More than there are by at least one.
     """
     if not comparison.sd > 0:
         return None
-    effect, scaled = comparison.mean / comparison.sd, margin / comparison.sd
+    sd = sd_limit(comparison.sd, comparison.num - 1)
+    effect, scaled = comparison.mean / sd, margin / sd
     needed = (seeds_for_difference(effect, level, power), seeds_for_equivalence(scaled, effect, level, power))
     known = [number for number in needed if number is not None]
     return max(min(known), comparison.num + 1) if known else None

@@ -5,8 +5,9 @@
         metric: diversity/coverage
         contrast: [reverse, none]     # first minus second
         margin: 0.02                  # differences below this do not matter, in the unit of the metric
-        compare: end                  # end | beta | kl
+        compare: end                  # end | beta (with `at`) | kl (with `between`)
         task: palindrome              # may be left out where the recipe has one task
+        looks: [5, 10]                # decided at 5 seeds and, if it is open then, again at 10; left out: once
 
 A run's card holds the claims as they were when it started, with their hash. The analysis takes them from the cards, not
 from the recipe: a claim written or changed after a run has started is exploratory, and one that was taken out of the
@@ -29,6 +30,10 @@ NAMESPACES = (
     *("response", "retention", "reward", "train", "val-core", "val-aux"),
 )
 """First parts of the keys of metrics.jsonl that say something about an arm."""
+MIN_LOOK = 3
+"""Seeds of the first look at least: two have no spread to speak of."""
+CURVE = 3
+"""Betas inside an interval of KL that make a curve."""
 ACHIEVED_KL = "kl_ref/k1_response"
 """The KL at which arms are compared `at equal KL` [nats per response]."""
 
@@ -46,11 +51,16 @@ class ClaimSpec:
     margin: float
     """Differences smaller than this do not matter, in the unit of the metric: the margin of equivalence."""
     compare: Literal["end", "beta", "kl"] = "end"
-    """end: the arms as they are; beta: both at the beta `at`; kl: both at the KL `at`, between their betas' runs."""
+    """end: the arms as they are; beta: both at the beta `at`; kl: both over the KLs `between`, along their betas' runs."""
     at: float | None = None
-    """The beta, or the KL to the reference [nats per response], at which they are compared."""
+    """The beta at which they are compared. Cards of earlier versions have here one KL."""
     task: str | None = None
     """Needed where the recipe has several tasks."""
+    between: tuple[float, ...] = ()
+    """The lowest and the highest KL to the reference [nats per response] of `compare: kl`: the claim is about the mean
+    difference over this interval."""
+    looks: tuple[int, ...] = ()
+    """Numbers of seeds at which the claim is decided, ascending, with O'Brien and Fleming's bounds; empty: once."""
 
     def __post_init__(self) -> None:
         namespace, slash, rest = self.metric.partition("/")
@@ -64,12 +74,25 @@ class ClaimSpec:
         if not self.margin > 0:
             raise FieldError("margin", f"{self.margin} is not positive. Say which difference would begin to matter.")
         self._check_at()
+        self._check_between()
+        if list(self.looks) != sorted(set(self.looks)) or min(self.looks, default=MIN_LOOK) < MIN_LOOK:
+            raise FieldError("looks", f"{list(self.looks)}: give ascending numbers of seeds from {MIN_LOOK} on.")
+
+    def _check_between(self) -> None:
+        if self.compare != "kl" and self.between:
+            raise FieldError("between", f"{list(self.between)} has no effect with `compare: {self.compare}`.")
+        if self.between and not (len(self.between) == 2 and 0 <= self.between[0] < self.between[1]):
+            raise FieldError("between", f"{list(self.between)}: give the lowest and the highest KL, as in [0.3, 0.6].")
+        if self.between and self.at is not None:
+            raise FieldError("at", f"{self.at} and `between` contradict each other. Keep `between`.")
 
     def _check_at(self) -> None:
         if self.compare == "end" and self.at is not None:
-            raise FieldError("at", f"{self.at} has no effect with `compare: end`. Say `compare: beta` or `kl`.")
-        if self.compare != "end" and self.at is None:
-            raise FieldError("at", f"missing. `compare: {self.compare}` needs the {self.compare} to compare at.")
+            raise FieldError("at", f"{self.at} has no effect with `compare: end`. Say `compare: beta`.")
+        if self.compare == "beta" and self.at is None:
+            raise FieldError("at", "missing. `compare: beta` needs the beta to compare at.")
+        if self.compare == "kl" and self.at is None and not self.between:
+            raise FieldError("between", "missing. `compare: kl` needs the interval of KL to compare over: [0.3, 0.6].")
         if self.at is not None and not self.at > 0:
             there = {"beta": "there is no KL term; name an arm without one", "kl": "there only the starting model is"}
             raise FieldError("at", f"{self.at} is not positive: {there[self.compare]}.")
@@ -131,8 +154,14 @@ def _check_reachable(claim: ClaimSpec, arm: str, betas: Sequence[float | None]) 
 
 
 def canonical(claims: Mapping[str, ClaimSpec]) -> dict[str, dict[str, Any]]:
-    """The claims as plain values, in the order written."""
-    return {name: {**asdict(claim), "contrast": list(claim.contrast)} for name, claim in claims.items()}
+    """The claims as plain values, in the order written; what later versions added is left out where it is not used."""
+    return {name: _plain(claim) for name, claim in claims.items()}
+
+
+def _plain(claim: ClaimSpec) -> dict[str, Any]:
+    added = {name: list(value) for name in ("between", "looks") if (value := getattr(claim, name))}
+    kept = {key: value for key, value in asdict(claim).items() if key not in ("between", "looks")}
+    return {**kept, "contrast": list(claim.contrast), **added}
 
 
 def said(claim: Any) -> Any:
