@@ -1,4 +1,4 @@
-"""How often the rule that decides errs, in simulated studies: differences, equivalences, intervals, looks, stated power.
+"""How often the rule that decides errs in simulated studies: differences, equivalences, intervals, looks, power.
 
 `python tests/test_calibration.py` prints the table that stands in recipes/results/calibration.md. The quick tests take
 a part of the studies; the whole ones are marked `full`.
@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 
 from klreg_verl.analysis import power
-from klreg_verl.core import statistics
 from klreg_verl.core.statistics import Paired, at_look, decide, look_level
 
 FULL, QUICK = 10_000, 1_000
 NOISES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
     "normal": lambda generator, shape: generator.normal(size=shape),
     "t3": lambda generator, shape: generator.standard_t(3, size=shape) / math.sqrt(3),
-    "skewed": lambda generator, shape: generator.exponential(size=shape) - 1,
+    "skewed": lambda generator, shape: (generator.gamma(2, size=shape) - 2) / math.sqrt(2),
 }
-"""Noise of one arm with mean 0 and variance 1."""
+"""Noise of one arm with mean 0 and variance 1; gamma(2) has skewness 1.4."""
 SEEDS = (3, 5, 8)
 LOOKS = ((), (5, 10))
 
@@ -93,7 +92,7 @@ def test_of_nulls_a_twentieth_is_rejected_and_intervals_cover(noise: str, num: i
 @pytest.mark.parametrize("num", SEEDS)
 @pytest.mark.parametrize("noise", NOISES)
 def test_of_ten_thousand_nulls_a_twentieth_is_rejected_and_intervals_cover(noise: str, num: int) -> None:
-    check_rates(noise, num, FULL, error(0.05, FULL) if noise == "t3" else 0.0)
+    check_rates(noise, num, FULL, 0.001)
 
 
 @pytest.mark.parametrize("studies", [QUICK, pytest.param(FULL, marks=pytest.mark.full)])

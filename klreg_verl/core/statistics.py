@@ -71,7 +71,7 @@ def difference(left: Estimate, right: Estimate) -> Estimate:
 
 # ---------------------------------------------------------------------------------------------------- Student's t
 
-# scipy.special is imported inside the functions: it takes a third of a second, and commands that decide nothing need none.
+# scipy.special is imported inside the functions: it takes a third of a second, which commands that decide nothing save.
 
 
 def t_tail(t: float, df: float) -> float:
@@ -258,7 +258,7 @@ def _density(x: Array, variance: float) -> Array:
 
 
 def sequence_p(p_values: Sequence[float], looks: Sequence[int], *, sides: int) -> float:
-    """The p-value of all looks up to now: the smallest error rate at which one of them passes O'Brien and Fleming's bound.
+    """The p-value of all looks up to now: the smallest error rate at which one passes O'Brien and Fleming's bound.
 
     Their bound on the z of the look at n of N pairs is c sqrt(N / n), the same c for all looks; so what counts is the
     largest z sqrt(n / N) seen. It is at most `level` with probability `level` at most, however the looks end.

@@ -51,7 +51,7 @@ class ClaimSpec:
     margin: float
     """Differences smaller than this do not matter, in the unit of the metric: the margin of equivalence."""
     compare: Literal["end", "beta", "kl"] = "end"
-    """end: the arms as they are; beta: both at the beta `at`; kl: both over the KLs `between`, along their betas' runs."""
+    """end: the arms as they are; beta: both at the beta `at`; kl: over the KLs `between`, along their betas' runs."""
     at: float | None = None
     """The beta at which they are compared. Cards of earlier versions have here one KL."""
     task: str | None = None
