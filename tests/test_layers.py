@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STDLIB = frozenset(sys.stdlib_module_names)
-HEAVY = {"torch", "numpy", "pandas", "pyarrow", "matplotlib", "verl", "ray", "vllm", "transformers"}
+HEAVY = {"torch", "numpy", "scipy", "pandas", "pyarrow", "matplotlib", "verl", "ray", "vllm", "transformers"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ HOOKS_OF_REPLAY = ("checkpoints", "reference", "terms")
 CORE_WITHOUT_TORCH = ("alarms", "diversity", "optimum", "passk", "statistics")
 """What of the core a report uses: numpy alone, so that a report needs no torch."""
 LAYERS = (
-    Layer(folder="klreg_verl/core", anywhere=("torch", "numpy")),
+    Layer(folder="klreg_verl/core", anywhere=("torch", "numpy"), lazily=("scipy",)),
     Layer(folder="klreg_verl/doctor", anywhere=("torch", "numpy", "klreg_verl.core"), lazily=("verl", "matplotlib")),
     Layer(
         folder="klreg_verl/experiment",
