@@ -81,7 +81,8 @@ def describe(
 def _tried(path: Path, tried: trial.Trial, reward: str | None) -> str:
     return (
         f"{path}: {reward or 'our own reward'} returns {', '.join(tried.keys)}; given as responses, {tried.right} of "
-        f"{tried.rows} ground truths score above an empty one; slowest call {1000 * tried.slowest:.0f} ms"
+        f"{tried.rows} ground truths score above an empty one; slowest call {1000 * tried.slowest:.0f} ms; "
+        f"runs will be told by their {'mean score: it grades' if tried.graded else 'accuracy: right or wrong'}"
     )
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from data_prep.functions import call
 from data_prep.golden import alternatives
+from klreg_verl.core.right import right_or_wrong
 
 TRIED = 64
 """Rows, spread over the file."""
@@ -33,6 +34,8 @@ class Trial:
     """What it returns; ("score",) for a plain number."""
     slowest: float
     """Longest call [seconds]."""
+    graded: bool
+    """Whether neither every `acc` nor every score was 0 or 1."""
 
 
 def try_reward(function: Callable[..., Any], table: pa.Table) -> Trial:
@@ -42,12 +45,15 @@ def try_reward(function: Callable[..., Any], table: pa.Table) -> Trial:
     """
     rows = table.take(pa.array(_spread(table.num_rows))).to_pylist()
     keys: set[tuple[str, ...]] = set()
+    accs: list[float | None] = []
+    every: list[float] = []
     right, slowest = 0, 0.0
     for row in rows:
         scores = {}
         for kind, response in _responses(row).items():
             begun = time.perf_counter()
-            scores[kind], found = _score(function, row, response)
+            scores[kind], found, acc = _score(function, row, response)
+            accs, every = [*accs, acc], [*every, scores[kind]]
             slowest = max(slowest, time.perf_counter() - begun)
             keys.add(found)
         right += max(scores["plain"], scores["boxed"]) > scores["empty"]
@@ -56,7 +62,8 @@ def try_reward(function: Callable[..., Any], table: pa.Table) -> Trial:
             f"{_name(function)} returns different keys from call to call: {' and '.join(map(str, sorted(keys)))}. verl "
             "takes the keys of the first sample for all. Return the same keys always."
         )
-    return Trial(rows=len(rows), right=right, keys=keys.pop(), slowest=slowest)
+    graded = right_or_wrong(accs, every) is None
+    return Trial(rows=len(rows), right=right, keys=keys.pop(), slowest=slowest, graded=graded)
 
 
 def _spread(size: int) -> list[int]:
@@ -69,8 +76,10 @@ def _responses(row: dict[str, Any]) -> dict[str, str]:
     return {"plain": golden, "boxed": boxed, "empty": "", "senseless": "\x00{{\\boxed{" + "9^" * 50 + "<think>"}
 
 
-def _score(function: Callable[..., Any], row: dict[str, Any], response: str) -> tuple[float, tuple[str, ...]]:
-    """The score and the keys of one call."""
+def _score(
+    function: Callable[..., Any], row: dict[str, Any], response: str
+) -> tuple[float, tuple[str, ...], float | None]:
+    """The score, the keys and the `acc` of one call."""
     given = {
         "data_source": row["data_source"],
         "solution_str": response,
@@ -85,7 +94,7 @@ def _score(function: Callable[..., Any], row: dict[str, Any], response: str) -> 
             "loses the response without a word, which biases its group. Return a score of 0 instead."
         ) from error
     fields = returned if isinstance(returned, dict) else {"score": returned}
-    return _checked_score(function, fields), tuple(sorted(fields))
+    return _checked_score(function, fields), tuple(sorted(fields)), fields.get("acc")
 
 
 def _checked_score(function: Callable[..., Any], fields: dict[str, Any]) -> float:

@@ -316,10 +316,12 @@ def table(found: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False)
-    for column in ("run", "state", "step", "attempt", "accuracy", "KL [nats]", "job", "Slurm", "left", "reason"):
+    graded = any(each["score"] is not None for each in found)
+    shown = ("score" if graded else "accuracy", "kl")
+    for column in ("run", "state", "step", "attempt", shown[0], "KL [nats]", "job", "Slurm", "left", "reason"):
         made.add_column(column)
     for each in found:
-        numbers = ["-" if each[key] is None else f"{each[key]:.3f}" for key in ("accuracy", "kl")]
+        numbers = ["-" if each[key] is None else f"{each[key]:.3f}" for key in shown]
         cells = [each["run_id"], each["status"], f"{each['step']}/{each['steps']}", str(each["attempt"]), *numbers]
         style = {"done": "green", "failed": "red", "conflict": "red"}.get(each["status"], "")
         made.add_row(*cells, each["job"], each["slurm"], each["left"], each["reason"], style=style)

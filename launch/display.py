@@ -33,10 +33,18 @@ def number(line: Line, key: str, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def accuracy(line: Line) -> str:
-    """Training accuracy, or the evaluation's before training."""
-    evaluations = [key for key in line if key.startswith("eval/") and key.endswith("/accuracy")]
-    return number(line, "train/accuracy" if "train/accuracy" in line else next(iter(evaluations), ""))
+def headline(line: Line) -> tuple[str, float | None]:
+    """accuracy or, where the reward grades, score: the training batch's, or the evaluation's before training."""
+    for name in ("accuracy", "score"):
+        held_out = [key for key in line if key.startswith("eval/") and key.endswith(f"/{name}")]
+        if known := [key for key in (f"train/{name}", *held_out) if key in line]:
+            return name, line[known[0]]
+    return "accuracy", None
+
+
+def headline_text(line: Line) -> str:
+    """Three decimals; a dash where there is none."""
+    return number({"": headline(line)[1]}, "")
 
 
 def clock(seconds: float) -> str:
@@ -67,7 +75,7 @@ class PlainDisplay:
     def step(self, spec: RunSpec, line: Line) -> None:
         self._pace.step(line)
         print(
-            f"{spec.run_id} step {line['step']}/{spec.train.steps} accuracy {accuracy(line)} "
+            f"{spec.run_id} step {line['step']}/{spec.train.steps} {headline(line)[0]} {headline_text(line)} "
             f"KL {number(line, 'kl_ref/k1_response')} entropy {number(line, 'entropy/token')} "
             f"{number(line, 'perf/tokens_per_s', 0)} tokens/s left {clock(self._pace.left(spec))}",
             flush=True,
@@ -119,6 +127,7 @@ class LiveDisplay:
 
     def __init__(self, specs: list[RunSpec], console: Console | None = None) -> None:
         self._pace = Pace(len(specs))
+        self._headline = "accuracy"
         self._rows: dict[str, list[str]] = {spec.run_id: self._row(spec, "waiting") for spec in specs}
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[left]}"))
         self._task = self._bar.add_task("starting", total=None, left="")
@@ -147,8 +156,9 @@ class LiveDisplay:
 
     def step(self, spec: RunSpec, line: Line) -> None:
         self._pace.step(line)
+        self._headline = headline(line)[0]
         numbers = [
-            accuracy(line),
+            headline_text(line),
             number(line, "kl_ref/k1_response"),
             number(line, "entropy/token"),
             number(line, "perf/tokens_per_s", 0),
@@ -175,7 +185,7 @@ class LiveDisplay:
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        for column in ("arm", "task", "seed", "state", "step", "accuracy", "KL [nats]", "entropy", "tokens/s"):
+        for column in ("arm", "task", "seed", "state", "step", self._headline, "KL [nats]", "entropy", "tokens/s"):
             table.add_column(Text(column), justify="left" if column in ("arm", "task", "state") else "right")
         for row in self._rows.values():
             table.add_row(*row, style={"done": "green", "failed": "red", "waiting": "dim"}.get(row[3], ""))

@@ -46,6 +46,7 @@ def row(spec: RunSpec, runs_dir: Path) -> Row:
         "steps": spec.train.steps,
         "attempt": state.attempt,
         "accuracy": last.get("train/accuracy"),
+        "score": last.get("train/score") if folder.is_graded() else None,
         "kl": last.get("kl_ref/k1_response"),
         "reason": "the folder holds another run, `klreg run` says which" if is_other else state.reason,
     }
@@ -67,7 +68,7 @@ def with_slurm(found: Row, task: slurm.Task | None) -> Row:
 
 def line(found: Mapping[str, Any]) -> str:
     """One row as text."""
-    numbers = "  ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "kl") if found[name] is not None)
+    numbers = "  ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "score", "kl") if found[name] is not None)
     job = f"  {found['slurm']} {found['job']} left {found['left']}" if found.get("slurm") else ""
     return (
         f"{found['status']:<12} {found['run_id']:<40} step {found['step']}/{found['steps']}  "

@@ -88,7 +88,14 @@ def test_a_description_says_rows_lengths_rewards_and_what_is_there_twice(data, o
     expected = (
         f"{files[0]}: our own reward returns {keys}; given as responses, 30 of 30 ground truths score above an empty"
     )
-    assert lines[5].startswith(expected) and len(lines) == 8
+    assert lines[5].startswith(expected) and lines[5].endswith("; runs will be told by their accuracy: right or wrong")
+    assert len(lines) == 8
+
+
+def test_a_description_says_of_a_reward_that_grades_that_runs_are_told_by_their_score(data, tmp_path, monkeypatch):
+    (tmp_path / "grades_by_length.py").write_text("def score(solution_str, **_): return 1.75 - len(solution_str) / 8\n")
+    monkeypatch.chdir(tmp_path)
+    assert describe([data / "train.parquet"], "grades_by_length:score")[-1].endswith("by their mean score: it grades")
 
 
 def test_a_description_refuses_what_a_run_would_choke_on(data, original, tmp_path):

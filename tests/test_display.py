@@ -66,10 +66,20 @@ def test_a_number_that_is_absent_or_was_nan_is_a_dash():
     assert displays.number({"a": None}, "a") == displays.number({}, "a") == "-"
 
 
-def test_accuracy_is_trainings_or_else_the_evaluations():
-    assert displays.accuracy({"train/accuracy": 0.5, "eval/p/accuracy": 0.7}) == "0.500"
-    assert displays.accuracy({"eval/p/accuracy": 0.7}) == "0.700"
-    assert displays.accuracy({"eval/p/accuracy": None}) == displays.accuracy({"eval/p/score": 1.0}) == "-"
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ({"train/accuracy": 0.5, "train/score": 0.6, "eval/p/accuracy": 0.7}, ("accuracy", 0.5)),
+        ({"eval/p/accuracy": 0.7, "eval/p/score": 1.4}, ("accuracy", 0.7)),
+        ({"train/score": 0.6, "eval/p/score": 1.4}, ("score", 0.6)),  # the reward grades
+        ({"eval/p/score": -0.5}, ("score", -0.5)),
+        ({"eval/p/accuracy": None}, ("accuracy", None)),
+        ({}, ("accuracy", None)),
+    ],
+)
+def test_the_headline_is_accuracy_or_the_score_of_training_or_else_of_the_evaluation(line, expected):
+    assert displays.headline(line) == expected
+    assert displays.headline_text(line) == ("-" if expected[1] is None else f"{expected[1]:.3f}")
 
 
 def test_the_time_left_counts_start_up_once_per_run(specs: list[RunSpec], clock):

@@ -93,7 +93,7 @@ ROW = {
 
 def test_a_palindrome_is_graded_by_the_projects_reward():
     reward = tasks.reward_function(tasks.Task(name="palindrome", file=Path("x")))
-    right, wrong = (tasks.graded(sample(0, 0, text), ASKED, reward) for text in ("aba", "aab"))
+    right, wrong = tasks.with_right([tasks.graded(sample(0, 0, text), ASKED, reward) for text in ("aba", "aab")])
     assert (right["score"], right["valid"], right["answer"], right["num_valid"]) == (1.0, True, "aba", "1")
     assert (wrong["score"], wrong["valid"], wrong["error"]) == (0.0, False, "")
     assert list(store.SAMPLE_COLUMNS) == list(right)[: len(store.SAMPLE_COLUMNS)]
@@ -109,7 +109,7 @@ def own_reward(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
 def grade_with(module: types.ModuleType, function: Any, response: str) -> dict[str, Any]:
     module.score = function  # type: ignore[attr-defined]
     task = tasks.Task(name="t", file=Path("x"), reward=f"{module.__name__}:score")
-    return tasks.graded(sample(0, 0, response), ASKED, tasks.reward_function(task))
+    return tasks.with_right([tasks.graded(sample(0, 0, response), ASKED, tasks.reward_function(task))])[0]
 
 
 def test_a_users_reward_may_return_a_number(own_reward: types.ModuleType):
@@ -144,7 +144,7 @@ def test_an_asynchronous_reward_is_awaited(own_reward: types.ModuleType):
         return 0.5
 
     found = grade_with(own_reward, score, "x")
-    assert (found["score"], found["valid"], found["error"]) == (0.5, True, "")
+    assert (found["score"], found["valid"], found["error"]) == (0.5, None, "")  # neither right nor wrong: it grades
 
 
 def test_the_options_of_a_task_reach_its_reward():
@@ -308,8 +308,21 @@ def test_sampling_that_cannot_work_is_refused(changes: dict[str, Any], message: 
 # ------------------------------------------------------------------------------------------------------- numbers
 
 
-def graded(prompt: int, number: int, answer: str, valid: bool, tokens: int = 3, **changes: Any) -> dict[str, Any]:
-    grade = {"score": float(valid), "valid": valid, "answer": answer, "format_ok": 1.0, "timeout": 0.0, "error": ""}
+GRADES = [(0, 0, 1.75), (0, 1, -1.0), (1, 0, 0.5), (1, 1, 0.25)]
+"""(prompt, sample, score) of a reward that grades."""
+
+
+def graded(
+    prompt: int, number: int, answer: str, valid: bool | None, tokens: int = 3, **changes: Any
+) -> dict[str, Any]:
+    grade = {
+        "score": float(valid or 0),
+        "valid": valid,
+        "answer": answer,
+        "format_ok": 1.0,
+        "timeout": 0.0,
+        "error": "",
+    }
     given = {"data_source": "palindrome", "num_valid": "4"}
     return {**sample(prompt, number, answer, tokens), **given, **grade, **changes}
 
@@ -345,10 +358,12 @@ def test_the_keys_are_those_of_a_run_for_each_data_source():
     rows = [row | {"data_source": ("math500", "aime24")[row["prompt"]]} for row in ROWS]
     assert summary.metrics(rows, "test") == {
         "eval/math500/accuracy": 3 / 4,
+        "eval/math500/score": 3 / 4,
         "eval/math500/pass@1": 3 / 4,
         "eval/math500/pass@2": 1.0,
         "eval/math500/pass@4": 1.0,
         "eval/aime24/accuracy": 0.0,
+        "eval/aime24/score": 0.0,
         "eval/aime24/pass@1": 0.0,
         "eval/aime24/pass@2": 0.0,
         "eval/aime24/pass@4": 0.0,
@@ -356,6 +371,23 @@ def test_the_keys_are_those_of_a_run_for_each_data_source():
     assert summary.metrics(rows, "skill/spell") == {"retention/spell": 3 / 8}
     skilled = [row | {"data_source": "skill/spell"} for row in ROWS]
     assert summary.metrics(skilled, "test") == {"retention/spell": 3 / 8}
+
+
+GRADED = [graded(prompt, number, "x", None) | {"score": score} for prompt, number, score in GRADES]
+
+
+def test_of_a_reward_that_grades_the_score_is_told_and_nothing_that_needs_right_and_wrong():
+    found = summary.summarize(GRADED)
+    # prompt 0: (1.75 - 1) / 2 = 0.375; prompt 1: (0.5 + 0.25) / 2 = 0.375
+    assert (found["headline"], found["score"], found["score_interval"]["mean"]) == ("score", 0.375, 0.375)
+    assert found["accuracy"]["mean"] is None and found["distinct_right"] is None
+    assert summary.metrics(GRADED, "palindrome") == {"eval/palindrome/score": 0.375}
+    worse = [row | {"score": row["score"] - 0.5} for row in GRADED]
+    assert summary.against(GRADED, worse)["score_gain"]["mean"] == 0.5
+    told = printing.lines([record(GRADED, "model", against=summary.against(GRADED, worse) | {"subject": "start"})])
+    assert told[2].split()[:2] == ["model", "score"] and "+0.500" in " ".join(told)
+    assert not any(word in " ".join(told) for word in ("accuracy", "pass@", "nan"))
+    json.dumps(found, allow_nan=False)
 
 
 def test_more_than_there_are_samples_is_refused():

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import math
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from klreg_verl.core import advantages as core_advantages
 from klreg_verl.core.metrics import METRICS
 from klreg_verl.experiment.kl_settings import AlarmsSpec, ProbesSpec
 from klreg_verl.experiment.settings import KLSpec, TrainSpec
+from klreg_verl.experiment.store import RunFolder
 from klreg_verl.verl_hooks import advantages, names, overrides
 
 GOLDEN_A, GOLDEN_B = 589171983, 1526204073
@@ -122,7 +124,7 @@ def test_nan_under_the_mask_reaches_no_metric():
     assert hook("measure").measure(dirty, REVERSE, 0.1, 3) == hook("measure").measure(clean, REVERSE, 0.1, 3)
 
 
-def test_a_users_reward_without_acc_and_pred_is_right_where_it_is_positive():
+def test_a_users_reward_without_acc_and_pred_is_right_where_it_is_one():
     plain = rows(reward_extras=[{}, {}, {}, {"acc": False}])
     measure = hook("measure")
     assert measure.is_valid(plain).tolist() == [True, False, True, False]
@@ -535,6 +537,48 @@ def test_an_evaluation_is_the_mean_over_prompts_and_counts_lost_responses_as_wro
     sources = ["openai/gsm8k", "openai/gsm8k", "palindrome", "palindrome", "palindrome"]
     rewards = {"reward": [0.9, 0.1, 1.0, 1.0, 0.0], "acc": [None, None, 1.0, 1.0, 0.0]}
     expected = {("openai/gsm8k", "a"): 2, ("palindrome", "b"): 2, ("palindrome", "c"): 2}
-    found = hook("measure").evaluation_metrics(sources, ["a", "a", "b", "b", "c"], rewards, expected)
-    # gsm8k has no acc: (0.9 + 0.1) / 2; palindrome: b (1 + 1) / 2, c (0 + lost) / 2
-    assert found == {"eval/openai/gsm8k/accuracy": pytest.approx(0.5), "eval/palindrome/accuracy": pytest.approx(0.5)}
+    found = validated(sources, ["a", "a", "b", "b", "c"], rewards, expected)
+    # gsm8k has no acc, and grades: (0.9 + 0.1) / 2; palindrome: b (1 + 1) / 2, c (0 + lost) / 2
+    scores = {"eval/openai/gsm8k/score": pytest.approx(0.5), "eval/palindrome/score": pytest.approx(0.5)}
+    assert found.right() is None
+    assert hook("measure").evaluation_metrics(found, graded=True) == scores
+
+
+def validated(sources: Any, uids: Any, rewards: Any, expected: Any) -> Any:
+    return hook("measure").Validated(data_sources=sources, uids=uids, rewards=rewards, expected=expected)
+
+
+def test_acc_decides_what_is_right_and_the_score_is_logged_beside_it():
+    rewards = {"reward": [1.5, 0.5, 0.25], "acc": [1.0, 0.0, 0.0]}
+    expected = {("t", "a"): 1, ("t", "b"): 1, ("skill/spell", "c"): 1}
+    found = validated(["t", "t", "skill/spell"], ["a", "b", "c"], rewards, expected)
+    assert found.right() == [True, False]
+    logged = hook("measure").evaluation_metrics(found, graded=False)
+    assert logged == {"eval/t/accuracy": 0.5, "eval/t/score": 1.0, "retention/spell": 0.0}
+
+
+def test_verl_writes_the_score_as_acc_and_that_is_no_accuracy():
+    given = [1.75, -1.0, 0.0, 1.0]
+    graded = rows(reward_extras=[{"acc": score} for score in given], token_rewards=last_token(given))
+    measure = hook("measure")
+    assert measure.is_valid(graded) is None
+    logged = measure.measure(graded, KLSpec(), 0.0, 3, graded=True)
+    assert logged["train/score"] == 0.4375  # (1.75 - 1 + 0 + 1) / 4
+    assert not {"train/accuracy", "kl_ref/valid", "diversity/unique_valid"} & set(logged)
+    columns = measure.samples_columns(graded, 1, {}, lambda ids, **_: "x", graded=True)
+    assert columns["valid"] == [None] * 4 and columns["score"] == given
+
+
+def last_token(scores: Sequence[float]) -> Tensor:
+    """(B, T) with each response's score on its last place."""
+    return torch.tensor([[0.0, 0.0, score] for score in scores])
+
+
+def test_the_headline_is_accuracy_until_a_score_is_neither_0_nor_1_and_then_the_score_for_good(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    headline = hook("headline").Headline(folder)
+    assert folder.is_graded() is None and headline.saw([]) is False and folder.is_graded() is None
+    assert headline.saw([False, False]) is False and folder.is_graded() is False  # zeros alone
+    assert headline.saw(None) is True and folder.is_graded() is True
+    assert headline.saw([True]) is True  # a batch of ones changes nothing
+    assert hook("headline").Headline(folder).is_graded is True  # the next attempt reads it

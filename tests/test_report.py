@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from run_folders import RECIPE, card, synthetic_rows, write_run, write_study
 
@@ -157,6 +158,31 @@ def test_values_worked_out_by_hand_are_in_the_report(tmp_path):
         "none  no KL term        0.500 ± 0.033  0.250 ± 0.000  20 of 20  10 steps",
         "Means of the last ten steps.",
     )
+
+
+def write_graded_run(study: Path, arm: str) -> None:
+    """Zeros alone at first, which read as accuracies; then scores, once a response had 1.75."""
+    first = {"step": 1, "train/accuracy": 0.0, "train/score": 0.0, "eval/own/accuracy": 0.0, "eval/own/score": 0.0}
+    later = [{"step": step, "train/score": -0.25, "eval/own/score": 0.114} for step in range(2, 21)]
+    kl = {"kl_ref/k1_response": 0.25}
+    responses = pa.table({"group": ["0"], "prompt": ["x"], "response": ["y"], "answer": ["y"], "score": [1.75]})
+    stored = responses.append_column("valid", pa.nulls(1, pa.bool_()))
+    run = write_run(study, arm, [row | kl for row in (first, *later)], samples={1: stored, 20: stored})
+    (run / "headline.json").write_text('{"headline": "score"}')
+
+
+def test_a_reward_that_grades_is_told_by_its_mean_score_everywhere_and_has_no_predicted_optimum(tmp_path):
+    for arm in ("none", "reverse"):
+        write_graded_run(tmp_path / "study", arm)
+    written = report.write_report(tmp_path / "study")
+    assert written.lines[0].split()[3:5] == ["Score", "KL"] and "0.250" in written.lines[1]
+    text = written.markdown.read_text() + written.html.read_text()
+    assert "mean score went from" in text or "mean score fell from" in text
+    assert {row.known.why for row in report.read_study(tmp_path / "study", {}).optima} == {
+        "its reward grades, and the prediction is for right and wrong"
+    }
+    assert not re.search(r"(?<!no optimum is known)\baccuracy (rose|fell|went|ended)|Accuracy, first", text)
+    assert "eval/own/score" in text and "eval/own/accuracy" not in text
 
 
 def test_failed_running_missing_and_broken_runs_are_named(tmp_path):

@@ -107,6 +107,7 @@ KL_ACCURACY = "kl_accuracy"
 OPTIMUM = "optimum"
 FRONTIERS = (
     Panel(key=ACCURACY, name="frontier_accuracy", title="Accuracy at the same KL", unit="valid share at the end"),
+    Panel(key=SCORE, name="frontier_score", title="Score at the same KL", unit="mean reward at the end"),
     Panel(
         key="entropy/token", name="frontier_entropy", title="Entropy at the same KL", unit="nats per token, at the end"
     ),
@@ -119,7 +120,10 @@ FRONTIERS = (
 )
 """Drawn where an arm was run at several betas."""
 SWEEP = (
-    *(replace(panel, name=f"beta_{panel.name}", unit=panel.unit.split(" of the ")[0]) for panel in OVERVIEW),
+    *(
+        replace(panel, name=f"beta_{panel.name}", unit=panel.unit.split(" of the ")[0])
+        for panel in (*OVERVIEW, *(panel for panel in TIME_COURSES if panel.key == SCORE))
+    ),
     Panel(key=RETENTION, name="beta_retention", title="A skill not trained", unit="change of its accuracy"),
 )
 """Drawn where an arm was swept over beta."""
@@ -155,20 +159,23 @@ def time_course(groups: Sequence[Group], panel: Panel, axes: Axes, theme: Theme 
 
 
 def kl_accuracy(groups: Sequence[Group], axes: Axes, theme: Theme = LIGHT) -> Axes:
-    """Accuracy against KL(policy || reference) by k1: a dot for the mean of ten steps, arrows from dot to dot in time.
+    """Accuracy, or score, against KL(policy || reference) by k1: a dot for the mean of ten steps, arrows along time.
 
     Dots and arrows are the mean of a group's runs; with more than one run, each run is a thin line besides.
     """
     size = block_size(groups)
     for group in groups:
         runs = [
-            _blocks(run.training[KL_K1], run.training[ACCURACY], size) for run in group.final_runs if _has_both(run)
+            _blocks(run.training[KL_K1], run.training[group.headline], size)
+            for run in group.final_runs
+            if _has_both(run)
         ]
         for points in runs if len(runs) > 1 else ():
             axes.plot(points[:, 0], points[:, 1], color=themes.color(group, theme), linewidth=0.7, alpha=0.35, zorder=1)
-    paths = [(group, _blocks(group.arm_mean(KL_K1), group.arm_mean(ACCURACY), size)) for group in groups]
+    paths = [(group, _blocks(group.arm_mean(KL_K1), group.arm_mean(group.headline), size)) for group in groups]
     ends = [_draw_path(points, group, axes, theme) for group, points in paths if len(points)]
-    _frame(axes, "Accuracy against KL", "valid share of the training batch", theme)
+    panel = next(panel for panel in TIME_COURSES if panel.key == groups[0].headline)
+    _frame(axes, f"{panel.title} against KL", panel.unit, theme)
     _kl_axis(axes, theme)
     _label_beside(axes, ends)
     return axes
@@ -242,7 +249,7 @@ def has_frontier(groups: Sequence[Group], panel: Panel) -> bool:
 
 
 def _ended_with(run: Run, key: str) -> bool:
-    return run.is_done and {KL_K1, key} <= set(run.training)
+    return run.is_done and KL_K1 in run.training and bool(len(run.values(key)))
 
 
 def _is_path(members: Sequence[Group]) -> bool:
@@ -316,8 +323,6 @@ def drawings(groups: Sequence[Group], optima: Sequence[Achieved] = ()) -> dict[s
 
 
 def _worth_drawing(groups: Sequence[Group], panel: Panel) -> bool:
-    if panel.key == SCORE and any(group.series(ACCURACY) for group in groups):
-        return False
     values = [values for group in groups for _, values in group.series(panel.key)]
     return any(panel.drawn_if_constant or each.nunique() > 1 for each in values)
 
@@ -357,7 +362,8 @@ def _row_of_four(groups: Sequence[Group], theme: Theme) -> Figure:
     named = needed <= LABEL_ROOM
     names = [] if named else [(group.label, group) for group in groups]
     figure, places = _row(len(OVERVIEW), needed if named else 0.1, names, _reading(groups), theme)
-    for place, panel in zip(places, OVERVIEW, strict=True):
+    headline = next(panel for panel in TIME_COURSES if panel.key == groups[0].headline)
+    for place, panel in zip(places, (headline, *OVERVIEW[1:]), strict=True):
         axes = figure.add_axes(place, facecolor="none")
         time_course(groups, panel, axes, theme, named=named)
         if not recorded(groups, panel):
@@ -627,7 +633,7 @@ def _kl_axis(axes: Axes, theme: Theme) -> None:
 
 
 def _has_both(run: Run) -> bool:
-    return {KL_K1, ACCURACY} <= set(run.training.columns)
+    return KL_K1 in run.training and bool(len(run.values(SCORE if run.graded else ACCURACY)))
 
 
 def _blocks(kl: pd.Series, accuracy: pd.Series, size: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from klreg_verl.analysis import cards, claims, retention, stats
+from klreg_verl.analysis.runs import ACCURACY, SCORE
 from klreg_verl.analysis.study import Study
 from klreg_verl.analysis.summary import (
     COLUMNS,
@@ -25,7 +26,8 @@ from klreg_verl.analysis.summary import (
 )
 
 SHORT = {
-    "train/accuracy": "accuracy",
+    ACCURACY: "accuracy",
+    SCORE: "score",
     KL_K1: "KL",
     "entropy/token": "entropy",
     "diversity/coverage": "coverage",
@@ -80,16 +82,16 @@ def _moved(study: Study) -> Iterable[Finding]:
     for task in study.tasks:
         told = []
         for group in study.of_task(task):
-            change = final_change(group, "train/accuracy")
+            change = final_change(group, group.headline)
             if change is not None:
                 places = stats.places([change.difference])
                 first, last = stats.number(change.first.mean, places), stats.number(change.last.mean, places)
                 told.append(f"{group.label} {first} → {last}{' (interim)' if group.is_interim else ''}")
         if told:
             more = f" and {len(told) - MOST_ARMS} more" if len(told) > MOST_ARMS else ""
-            where = _task(study, task)
+            where, name = _task(study, task), study.of_task(task)[0].headline.removeprefix("train/").capitalize()
             yield Finding(
-                text=f"{where}Accuracy, first steps → last steps: {'; '.join(told[:MOST_ARMS])}{more}.",
+                text=f"{where}{name}, first steps → last steps: {'; '.join(told[:MOST_ARMS])}{more}.",
                 anchor="summary",
             )
 

@@ -16,7 +16,7 @@ from typing import Any
 from klreg_verl.analysis import stats
 from klreg_verl.analysis.diversity import read, starters
 from klreg_verl.analysis.runs import Run, mapping
-from klreg_verl.analysis.summary import ACCURACY, KL_K1, Group, final_value
+from klreg_verl.analysis.summary import KL_K1, Group, final_value
 from klreg_verl.core import optimum
 from klreg_verl.core.diversity import Answers, rarefied_distinct
 from klreg_verl.core.optimum import Direction, Prediction
@@ -121,6 +121,8 @@ def compare(groups: Sequence[Group]) -> list[Achieved]:
         draws = max(1, min((each.num_samples for each in start), default=4) // 4)
         length = final_value(group, "response/length").mean
         what = known(group.runs[0].spec, length)
+        if group.runs[0].graded:
+            what = Known(direction=None, why="its reward grades, and the prediction is for right and wrong")
         prediction = None
         if start and what.direction is not None and what.beta > 0:
             prediction = optimum.predict(start, what.beta, what.direction, samples=draws)
@@ -130,7 +132,7 @@ def compare(groups: Sequence[Group]) -> list[Achieved]:
                 arm=group.label,
                 known=what,
                 prediction=prediction,
-                accuracy=final_value(group, ACCURACY),
+                accuracy=final_value(group, group.headline),
                 kl=final_value(group, KL_K1),
                 is_interim=group.is_interim,
                 distinct=_distinct(group.final_runs, draws),

@@ -28,6 +28,7 @@ from pyarrow import csv
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder
 
+ACCURACY, SCORE = "train/accuracy", "train/score"
 ALARM, SATURATED = "alarm/", "kl/saturated"
 SEED_FOLDER = re.compile(r"seed(\d+)")
 
@@ -51,6 +52,9 @@ class Run:
     metrics: pd.DataFrame
     """One row a step in order, indexed by "step" (0 is the validation before training); columns are metric keys."""
     problems: tuple[str, ...] = ()
+    graded: bool = False
+    """Whether the mean score is the headline and not accuracy: the reward gives other scores than 0 and 1, or, in plain
+    verl's logs, nothing says which responses are right."""
     attempts: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """The card of each attempt that steps were made in, by its number; empty in folders that have none."""
 
@@ -79,6 +83,11 @@ class Run:
         """The number of training steps asked for, if the spec says."""
         steps = mapping(self.spec.get("train")).get("steps")
         return steps if isinstance(steps, int) else None
+
+    def values(self, key: str) -> pd.Series:
+        """What it measured by training step; empty where it did not. A score is a headline only where it is graded."""
+        known = key in self.training and (key != SCORE or self.graded)
+        return self.training[key].dropna() if known else pd.Series(dtype="float64")
 
     @cached_property
     def training(self) -> pd.DataFrame:
@@ -128,6 +137,8 @@ def read_run(path: Path, recipe_dir: Path) -> Run:
     problems: list[str] = []
     names = ("spec.json", "state.json", "provenance.json")
     spec, state, provenance = (_read_object(path / name, problems) for name in names)
+    kept = path / "headline.json"
+    decided = _read_object(kept, problems).get("headline") if kept.exists() else None
     metrics = read_metrics(path / "metrics.jsonl", problems)
     torn = [file.name for file in sample_files(path).values() if not is_whole(file)]
     problems += [f"samples/{name} is torn; it is left out" for name in torn]
@@ -141,7 +152,8 @@ def read_run(path: Path, recipe_dir: Path) -> Run:
         provenance=provenance,
         status=_status(state, path),
         reason=str(state.get("reason") or ""),
-        metrics=metrics,
+        metrics=_as_scores(metrics) if decided == "score" else metrics,
+        graded=decided == "score" or (decided is None and ACCURACY not in metrics and SCORE in metrics),
         problems=tuple(problems),
         attempts=_attempts(path / "attempts"),
     )
@@ -154,6 +166,13 @@ def _resolved(spec: Mapping[str, Any]) -> Mapping[str, Any]:
         return json.loads(json.dumps(RunSpec.from_json(spec).to_json()))
     except (AttributeError, TypeError, ValueError):
         return spec
+
+
+def _as_scores(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Of a graded run: until its first score beside 0 and 1 it logged accuracies, which were the mean scores."""
+    late = {key: key.removesuffix("accuracy") + "score" for key in map(str, metrics) if key.endswith("/accuracy")}
+    early = metrics[list(late)].rename(columns=late)
+    return metrics.drop(columns=list(late)).combine_first(early)
 
 
 def _attempts(folder: Path) -> dict[int, Mapping[str, Any]]:

@@ -14,13 +14,10 @@ from typing import Any
 import pandas as pd
 
 from klreg_verl.analysis import cards, stats
-from klreg_verl.analysis.runs import Run
+from klreg_verl.analysis.runs import ACCURACY, SCORE, Run
 from klreg_verl.analysis.stats import Estimate
 from klreg_verl.experiment.claims import ACHIEVED_KL
 
-ACCURACY = "train/accuracy"
-SCORE = "train/score"
-"""Shown where nothing says which responses are right."""
 KL_K1 = ACHIEVED_KL
 MANY_SEEDS = 5
 """Seeds from which the spread between them is taken seriously."""
@@ -97,8 +94,13 @@ class Group:
 
     def series(self, key: str) -> list[tuple[Run, pd.Series]]:
         """The values of ``key`` by training step, for every run that recorded any."""
-        columns = [(run, run.training[key].dropna()) for run in self.runs if key in run.training]
+        columns = [(run, run.values(key)) for run in self.runs]
         return [(run, values) for run, values in columns if len(values)]
+
+    @property
+    def headline(self) -> str:
+        """The metric that says how well it does: accuracy, or of a graded reward the score."""
+        return SCORE if any(run.graded for run in self.runs) else ACCURACY
 
     def arm_mean(self, key: str) -> pd.Series:
         """Mean over ``final_runs`` by step, up to the last step that all of them reached; empty if none recorded it."""
@@ -158,14 +160,14 @@ def follows(kl: Mapping[str, Any]) -> str:
 
 def final_value(group: Group, key: str) -> Estimate:
     """Mean of the last ten steps. One run: standard error over those steps. More runs: mean and error over runs."""
-    finals = [stats.last_steps(run.training[key].tolist()) for run in group.final_runs if key in run.training]
+    known = [run for run in group.final_runs if len(run.values(key))]
+    finals = [stats.last_steps(run.training[key].tolist()) for run in known]
     return finals[0] if len(finals) == 1 else stats.mean_and_error(final.mean for final in finals)
 
 
 def recorded_columns(groups: Sequence[Group]) -> list[Column]:
-    """The columns of the final table that any group has a value for; scores only where there is no accuracy."""
-    known = [column for column in COLUMNS if any(final_value(group, column.key).num for group in groups)]
-    return [column for column in known if column.key != SCORE or known[0].key != ACCURACY]
+    """The columns of the final table that any group has a value for; scores only of runs that are graded."""
+    return [column for column in COLUMNS if any(final_value(group, column.key).num for group in groups)]
 
 
 def final_change(group: Group, key: str) -> stats.Change | None:
@@ -220,7 +222,7 @@ def steps_text(group: Group) -> str:
 
 
 def sentences(groups: Sequence[Group]) -> list[str]:
-    """How accuracy moved in every group, then how each group ended against the first one of its task."""
+    """How accuracy, or the score, moved in every group, then how each group ended against the first one of its task."""
     moved = [_movement(group, _prefix(group, groups)) for group in groups]
     against = [
         _comparison(group, baseline, column, _prefix(group, groups))
@@ -283,7 +285,7 @@ def checks(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     runs = [run for group in groups for run in group.runs]
     rows = [
         (
-            "Accuracy at step 1 across arms of one seed",
+            f"{'Score' if any(run.graded for run in runs) else 'Accuracy'} at step 1 across arms of one seed",
             _first_step_spread(runs),
             "equal: the starting policy in every arm",
         ),
@@ -338,10 +340,9 @@ def _prefix(group: Group, groups: Sequence[Group]) -> str:
 
 
 def _movement(group: Group, prefix: str) -> str:
-    accuracy = final_change(group, ACCURACY)
-    moved = accuracy or final_change(group, SCORE)
+    moved, name = final_change(group, group.headline), {ACCURACY: "accuracy", SCORE: "mean score"}[group.headline]
     if moved is None:
-        return f"{prefix}{group.label}: no accuracy was recorded over two steps or more."
+        return f"{prefix}{group.label}: no {name} was recorded over two steps or more."
     places = stats.places([moved.difference])
     first, last = stats.number(moved.first.mean, places), stats.number(moved.last.mean, places)
     gap = f"difference {stats.text(moved.difference, places, sign=True)}"
@@ -350,7 +351,7 @@ def _movement(group: Group, prefix: str) -> str:
     over += f"; interim, {steps_text(group)} steps" if group.is_interim else ""
     how = {1: f"rose from {first} to {last}", -1: f"fell from {first} to {last}"}
     moving = how.get(moved.direction, f"went from {first} to {last}, within two standard errors")
-    return f"{prefix}{group.label}: {'accuracy' if accuracy else 'mean score'} {moving}; {when} ({gap}{over})."
+    return f"{prefix}{group.label}: {name} {moving}; {when} ({gap}{over})."
 
 
 def _comparison(group: Group, baseline: Group, column: Column, prefix: str) -> str:
@@ -385,7 +386,7 @@ def _pairing(found: Contrast, group: Group, baseline: Group) -> str:
 
 
 def _finals_by_seed(group: Group, key: str) -> dict[int, float]:
-    runs = [run for run in group.final_runs if key in run.training]
+    runs = [run for run in group.final_runs if len(run.values(key))]
     return {run.seed: stats.last_steps(run.training[key].tolist()).mean for run in runs}
 
 
@@ -411,11 +412,12 @@ def _summary_columns() -> list[str]:
 
 
 def _first_step_spread(runs: Sequence[Run]) -> str:
-    """The largest range of step-1 accuracy across the arms of one task and seed."""
+    """The largest range of step-1 accuracy or score across the arms of one task and seed."""
     values: dict[tuple[str, int], list[float]] = {}
     for run in runs:
-        if ACCURACY in run.training and 1 in run.training.index:
-            values.setdefault((run.task, run.seed), []).append(float(run.training.loc[1, ACCURACY]))
+        first = run.values(SCORE if run.graded else ACCURACY)
+        if 1 in first.index:
+            values.setdefault((run.task, run.seed), []).append(float(first[1]))
     spreads = [max(each) - min(each) for each in values.values() if len(each) >= 2]
     return f"largest difference {max(spreads):.4f}" if spreads else ""
 

@@ -101,9 +101,11 @@ class Variety:
 def measure(groups: Sequence[Group], embedder: Embedder | None = None, *, further: bool = False) -> Variety:
     """The diversity at the end of every setting that has stored samples, and that of the model all started from.
 
+    It is of right answers, which a reward that grades does not have.
+
     `further`: also self-BLEU, and with an embedder the Vendi score.
     """
-    runs = [run for group in groups for run in group.runs if stored_steps(run)]
+    runs = [run for group in groups for run in group.runs if stored_steps(run) and not run.graded]
     end = diversity.table(runs, embedder, further=further)
     if end.empty:
         return Variety(embedder=embedder)

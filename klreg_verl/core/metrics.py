@@ -29,7 +29,7 @@ _ROWS = (
     ("time/<phase>_s", "s", "wall time of one phase of the step"),
     ("perf/tokens_per_s", "tokens/s", "prompt and response tokens of the batch over the wall time of the step"),
     ("memory/peak_gb", "GB", "peak memory of the largest training worker"),
-    ("train/accuracy", "fraction", "responses of the batch that are right"),
+    ("train/accuracy", "fraction", "responses of the batch that are right; absent where the reward grades"),
     ("train/score", "reward", "mean score of the task, before any KL"),
     (
         "train/ungraded",
@@ -97,8 +97,12 @@ _ROWS = (
     ("entropy/p90", "nats", "90th percentile over tokens of that entropy"),
     ("diversity/unique_valid", "answers", "distinct right answers per prompt"),
     ("diversity/coverage", "fraction", "distinct right answers over possible ones, per prompt where that is known"),
-    ("eval/<data_source>/accuracy", "fraction", "right responses on held-out prompts of one data_source"),
-    ("eval/<data_source>/score", "reward", "mean score on them, where the reward does not say which are right"),
+    (
+        "eval/<data_source>/accuracy",
+        "fraction",
+        "right responses on held-out prompts of one data_source; absent where the reward grades",
+    ),
+    ("eval/<data_source>/score", "reward", "mean score on held-out prompts of one data_source"),
     (
         "eval/<data_source>/pass@<k>",
         "fraction",
@@ -116,8 +120,10 @@ def markdown_table() -> str:
 
 
 @torch.no_grad()
-def kl_metrics(old_logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, valid: Tensor) -> dict[str, float]:
-    """All kl_ref/* of a batch; `valid` is (B,) bool, True on right responses."""
+def kl_metrics(
+    old_logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, valid: Tensor | None
+) -> dict[str, float]:
+    """All kl_ref/* of a batch; `valid` is (B,) bool, True on right responses; None where a reward grades."""
     log_ratio = kl.log_ratio(old_logprobs, ref_logprobs)
     k1 = kl.value("k1", old_logprobs, ref_logprobs)
     k3 = kl.value("k3", old_logprobs, ref_logprobs)
@@ -134,6 +140,8 @@ def kl_metrics(old_logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor
         "kl_ref/max": _maximum(log_ratio[response_mask]),
         "kl_ref/top1pct_share": _top_share(k3[response_mask], 0.01),
     }
+    if valid is None:
+        return metrics
     kinds = {"kl_ref/valid": per_response[valid], "kl_ref/invalid": per_response[~valid]}
     return metrics | {key: values.mean().item() for key, values in kinds.items() if len(values)}
 

@@ -249,7 +249,7 @@ def finish(one: Evaluation, every: Sequence[Evaluation], grader: Grader, note: N
 
 
 def _graded(drawn: Rows, one: Evaluation, grader: Grader) -> Rows:
-    return [tasks.graded(row, one.asked[row["prompt"]], grader.reward) for row in drawn]
+    return tasks.with_right([tasks.graded(row, one.asked[row["prompt"]], grader.reward) for row in drawn])
 
 
 def reward_hash(task: Task) -> str:
@@ -273,6 +273,9 @@ def _records(row: Sequence[Evaluation], ks: Sequence[int] | None) -> list[dict[s
     nothing (it keeps what it was compared with before).
     """
     tables = {one.hash: one.store.read() for one in row}
+    if any(summary.is_graded(rows) for rows, _ in tables.values()):  # one of the models may have had zeros alone
+        unmarked = {"valid": None}
+        tables = {key: ([each | unmarked for each in rows], about) for key, (rows, about) in tables.items()}
     records = []
     for one in row:
         rows, settings = tables[one.hash]
@@ -280,7 +283,8 @@ def _records(row: Sequence[Evaluation], ks: Sequence[int] | None) -> list[dict[s
         change = {} if base is None else {"against": _against(one, base, rows, tables[base.hash][0])}
         numbers = {**_facts(one, settings), **summary.summarize(rows), "metrics": summary.metrics(rows, one.task.name)}
         write_json(one.store.numbers, numbers | (change or _compared_before(one, settings)))
-        records.append(numbers | (summary.of_subsets(rows, ks) if ks else {}) | change)
+        subsets = summary.of_subsets(rows, ks) if ks and not summary.is_graded(rows) else {}
+        records.append(numbers | subsets | change)
     return records
 
 

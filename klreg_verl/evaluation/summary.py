@@ -17,17 +17,16 @@ def summarize(rows: Rows) -> Summary:
     """Accuracy, pass@k, maj@k (k = 1, 2, 4, ... and the number of samples), uniqueness and length.
 
     `rows` are graded samples, equally many of each prompt. Raises ValueError where they are not, or there are none.
+    Where the reward grades, the score is the headline, and what is of right answers is null.
     """
     groups = by_prompt(rows)
-    samples, right = _right(groups)
     return {
         "prompts": len(groups),
-        "samples": samples,
-        "accuracy": _interval([count / samples for count in right]),
+        "samples": len(groups[next(iter(groups))]),
+        "headline": "score" if is_graded(rows) else "accuracy",
         "score": _mean(rows, "score"),
-        **of_subsets(rows, passk.powers_up_to(samples)),
-        "solved": sum(count > 0 for count in right),
-        **uniqueness(list(groups.values())),
+        "score_interval": _finite(asdict(passk.mean_interval(_scores(groups)))),
+        **(_OF_NOTHING_RIGHT if is_graded(rows) else _of_right_answers(rows, groups)),
         "length": _lengths(rows),
         "truncated": _mean(rows, "truncated"),
         "format_ok": _mean(rows, "format_ok"),
@@ -36,8 +35,35 @@ def summarize(rows: Rows) -> Summary:
     }
 
 
+_UNKNOWN: dict[str, float | None] = {"mean": None, "low": None, "high": None}
+_OF_NOTHING_RIGHT: Summary = {
+    **{"accuracy": _UNKNOWN, "pass": {"1": _UNKNOWN}, "maj": {"1": _UNKNOWN}, "solved": None},
+    **{"distinct": None, "distinct_right": None, "coverage": None, "diversity": {}},
+}
+
+
+def _of_right_answers(rows: Rows, groups: Mapping[int, Rows]) -> Summary:
+    samples, right = _right(groups)
+    return {
+        "accuracy": _interval([count / samples for count in right]),
+        **of_subsets(rows, passk.powers_up_to(samples)),
+        "solved": sum(count > 0 for count in right),
+        **uniqueness(list(groups.values())),
+    }
+
+
+def is_graded(rows: Rows) -> bool:
+    """Whether the reward grades, so that no sample is right or wrong."""
+    return any(row["valid"] is None for row in rows)
+
+
+def _scores(groups: Mapping[int, Rows]) -> list[float]:
+    """The mean score of each prompt."""
+    return [sum(float(row["score"]) for row in group) / len(group) for group in groups.values()]
+
+
 def of_subsets(rows: Rows, ks: Sequence[int]) -> Summary:
-    """pass@k and maj@k. Raises ValueError for a k above the number of samples of a prompt."""
+    """pass@k and maj@k, of right answers. Raises ValueError for a k above the number of samples of a prompt."""
     groups = by_prompt(rows)
     samples, right = _right(groups)
     votes = [[(row["answer"], float(row["valid"])) for row in group] for group in groups.values()]
@@ -94,6 +120,9 @@ def against(rows: Rows, start: Rows) -> Summary:
     samples = len(next(iter(ours.values())))
     if list(ours) != list(theirs) or samples != len(next(iter(theirs.values()))):
         raise ValueError("Two evaluations are compared that have not the same prompts and numbers of samples.")
+    scored = passk.mean_interval([a - b for a, b in zip(_scores(ours), _scores(theirs), strict=True)])
+    if is_graded(rows):
+        return {"score_gain": _finite(asdict(scored))}
     after, before = ([sum(row["valid"] for row in group) for group in one.values()] for one in (ours, theirs))
     changed, places = passk.turnover(before, after, samples), list(ours)
     gained = passk.mean_interval([(a - b) / samples for a, b in zip(after, before, strict=True)])
@@ -106,7 +135,7 @@ def against(rows: Rows, start: Rows) -> Summary:
 
 
 def metrics(rows: Rows, task: str) -> dict[str, float]:
-    """Accuracy and pass@k under the keys of metrics.jsonl: eval/<data_source>/... for each source of the file.
+    """Accuracy, score and pass@k under the keys of metrics.jsonl: eval/<data_source>/... for each source of the file.
 
     A skill's accuracy is retention/<skill>; a task `skill/<name>` is one skill, whatever its file calls it.
     """
@@ -118,13 +147,18 @@ def metrics(rows: Rows, task: str) -> dict[str, float]:
 
 
 def _metrics(rows: Rows, source: str) -> dict[str, float]:
-    samples, right = _right(by_prompt(rows))
+    groups, skill = by_prompt(rows), source.removeprefix("skill/")
+    scores = _scores(groups)
+    score = sum(scores) / len(scores)
+    if is_graded(rows):
+        return {f"eval/{source}/score" if skill == source else f"retention/{skill}": score}
+    samples, right = _right(groups)
     accuracy = sum(right) / (samples * len(right))
-    if source.startswith("skill/"):
-        return {f"retention/{source.removeprefix('skill/')}": accuracy}
+    if skill != source:
+        return {f"retention/{skill}": accuracy}
     ks = passk.powers_up_to(samples)
     shares = {f"eval/{source}/pass@{k}": float(passk.pass_at_k(right, samples, k).mean()) for k in ks}
-    return {f"eval/{source}/accuracy": accuracy, **shares}
+    return {f"eval/{source}/accuracy": accuracy, f"eval/{source}/score": score, **shares}
 
 
 def _interval(values: Any) -> dict[str, float | None]:

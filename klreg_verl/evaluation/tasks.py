@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import functions
+from klreg_verl.core.right import right_or_wrong
 from klreg_verl.evaluation.store import Rows
 from klreg_verl.evaluation.subjects import Note, Subject, read_provenance
 
@@ -191,8 +192,8 @@ def graded(row: Mapping[str, Any], asked: Mapping[str, Any], reward: Reward) -> 
     """A sample with its grade, in the columns of the table.
 
     A reward that raises, or returns what is no grade, gives 0 and its message in `error`: counted and shown, never a
-    silent zero. Right is what the reward's `acc` says, or a positive score where there is no `acc`, as in a run;
-    without a `pred` the answer is the response itself.
+    silent zero. `acc` is the reward's, or the score where it returns none; what is right, `with_right` says once all
+    are known, as in a run. Without a `pred` the answer is the response itself.
     """
     text, info = row["response"], asked["extra_info"]
     try:
@@ -209,6 +210,12 @@ def graded(row: Mapping[str, Any], asked: Mapping[str, Any], reward: Reward) -> 
     }
 
 
+def with_right(rows: Rows) -> Rows:
+    """The graded samples with `valid`: right or not; null in all of them where the reward grades (core.right)."""
+    right = right_or_wrong([row["acc"] for row in rows], [row["score"] for row in rows])
+    return [row | {"valid": None if right is None else right[place]} for place, row in enumerate(rows)]
+
+
 def _grade(returned: Any, text: str) -> dict[str, Any]:
     """The columns that a reward's return value fills. Raises what the conversions raise."""
     given = returned if isinstance(returned, Mapping) else {"score": returned}
@@ -217,7 +224,7 @@ def _grade(returned: Any, text: str) -> dict[str, Any]:
         raise ValueError(f"score {score}")
     return {
         "score": score,
-        "valid": float(given.get("acc", score)) > 0,
+        "acc": float(given.get("acc", score)),
         "answer": str(given.get("pred", text)).strip(),
         "format_ok": float(given.get("format_ok", 1.0)),
         "timeout": float(given.get("timeout", 0.0)),

@@ -2,6 +2,7 @@
 
     spec.json        the RunSpec and its hash               atomic (temporary file, fsync, rename, fsync of the folder)
     provenance.json  versions, hashes, host                 atomic
+    headline.json    whether the reward grades: then the score is what the run is about, else accuracy     atomic
     state.json       pending | running | interrupted | failed | done                       atomic
     metrics.jsonl    one line a step, each step once        appended and fsynced; a torn last line is cut by repair()
     samples/         step_000012.parquet                    atomic
@@ -142,6 +143,10 @@ class RunFolder:
     @property
     def state_path(self) -> Path:
         return self.path / "state.json"
+
+    @property
+    def headline_path(self) -> Path:
+        return self.path / "headline.json"
 
     @property
     def samples_dir(self) -> Path:
@@ -326,6 +331,16 @@ class RunFolder:
     @property
     def _stop_path(self) -> Path:
         return self.latest / "stop"
+
+    # ------------------------------------------------------------------------------------------------ headline
+
+    def is_graded(self) -> bool | None:
+        """Whether the reward gives other scores than 0 and 1; None before the first response, and in older folders."""
+        return _read_object(self.headline_path)["headline"] == "score" if self.headline_path.exists() else None
+
+    def set_graded(self, graded: bool) -> None:
+        """Keeps it, for the run's next attempt and for readers."""
+        write_json(self.headline_path, {"headline": "score" if graded else "accuracy"})
 
     # ------------------------------------------------------------------------------------------------ metrics
 

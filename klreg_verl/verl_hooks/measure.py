@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,15 +11,21 @@ from torch import Tensor
 
 from klreg_verl.core import diversity, kl, metrics
 from klreg_verl.core.aggregation import masked_mean, response_sum
+from klreg_verl.core.right import right_or_wrong
 from klreg_verl.experiment.recipe import KLSpec
 from klreg_verl.verl_hooks import terms
 from klreg_verl.verl_hooks.names import TIMINGS
 from klreg_verl.verl_hooks.rows import Rows
 
 
-def measure(rows: Rows, spec: KLSpec, beta: float, max_response_tokens: int) -> dict[str, float]:
-    """All of our metrics of one batch, sampled before the update (keys: core.metrics.METRICS)."""
-    mask, valid = rows.response_mask, is_valid(rows)
+def measure(
+    rows: Rows, spec: KLSpec, beta: float, max_response_tokens: int, *, graded: bool = False
+) -> dict[str, float]:
+    """All of our metrics of one batch, sampled before the update (keys: core.metrics.METRICS).
+
+    In a `graded` run (headline.py) no response is right or wrong, whatever this batch's scores are.
+    """
+    mask, valid = rows.response_mask, None if graded else is_valid(rows)
     return {
         **reward_metrics(rows, valid, max_response_tokens),
         **kl_placement_metrics(rows, spec, beta),
@@ -27,14 +34,18 @@ def measure(rows: Rows, spec: KLSpec, beta: float, max_response_tokens: int) -> 
         **metrics.group_metrics(rows.scores, rows.group_ids),
         **metrics.entropy_metrics(rows.entropy, mask),
         **metrics.mismatch_metrics(rows.old_logprobs, rows.rollout_logprobs, mask),
-        **diversity.unique_valid(answers(rows), valid, rows.group_ids, num_valid(rows)),
+        **_right_answers(rows, valid),
     }
 
 
-def is_valid(rows: Rows) -> Tensor:
-    """(B,) bool: the reward's `acc`, or a positive score where a user's reward has no `acc`."""
-    pairs = zip(rows.reward_extras, rows.scores.tolist(), strict=True)
-    return torch.tensor([float(extras.get("acc", score)) > 0 for extras, score in pairs], dtype=torch.bool)
+def is_valid(rows: Rows) -> Tensor | None:
+    """(B,) bool: by the reward's `acc`, or by its score; None where it grades (core/right.py)."""
+    right = right_or_wrong([extras.get("acc") for extras in rows.reward_extras], rows.scores.tolist())
+    return None if right is None else torch.tensor(right, dtype=torch.bool)
+
+
+def _right_answers(rows: Rows, valid: Tensor | None) -> dict[str, float]:
+    return {} if valid is None else diversity.unique_valid(answers(rows), valid, rows.group_ids, num_valid(rows))
 
 
 def answers(rows: Rows) -> list[str]:
@@ -49,14 +60,15 @@ def num_valid(rows: Rows) -> list[int | None]:
     return [int(text) if text not in (None, "") else None for text in texts]
 
 
-def reward_metrics(rows: Rows, valid: Tensor, max_response_tokens: int) -> dict[str, float]:
+def reward_metrics(rows: Rows, valid: Tensor | None, max_response_tokens: int) -> dict[str, float]:
     """Accuracy, score and length; truncated is what fills the token limit, whatever the reward says."""
+    accuracy = {} if valid is None else {"train/accuracy": valid.double().mean().item()}
     lengths = rows.response_mask.sum(-1).double()
     truncated = [float(len(tokens) >= max_response_tokens) for tokens in rows.responses]
     ungraded = [float(extras["timeout"]) for extras in rows.reward_extras if "timeout" in extras]
     return {
         **({"train/ungraded": sum(ungraded) / len(ungraded)} if ungraded else {}),
-        "train/accuracy": valid.double().mean().item(),
+        **accuracy,
         "train/score": rows.scores.double().mean().item(),
         "response/length": lengths.mean().item(),
         "response/truncated": sum(truncated) / len(truncated),
@@ -124,40 +136,71 @@ def timing_metrics(timing: dict[str, float], tokens: int) -> dict[str, float]:
     return logged | {"perf/tokens_per_s": tokens / timing["step"]}
 
 
-def evaluation_metrics(
-    data_sources: Sequence[Any],
-    uids: Sequence[Any],
-    rewards: Mapping[str, Sequence[float | None]],
-    expected: Mapping[tuple[str, str], int],
-) -> dict[str, float]:
-    """Accuracy of a validation by data source: the mean over prompts of the share of right responses.
+@dataclass(frozen=True, kw_only=True)
+class Validated:
+    """The responses of one validation, as verl gives them."""
 
-    Args:
-        data_sources, uids: of each response.
-        rewards: verl's per-response numbers; `acc` decides, `reward` where there is no `acc`.
-        expected: (data source, uid) -> responses asked for; one that got lost counts as wrong.
+    data_sources: Sequence[Any]
+    uids: Sequence[Any]
+    rewards: Mapping[str, Sequence[float | None]]
+    """Numbers of each response: `reward`, and what else the reward function returned."""
+    expected: Mapping[tuple[str, str], int]
+    """(data source, uid) -> responses asked for."""
+
+    @property
+    def sources(self) -> list[str]:
+        return list(dict.fromkeys(source for source, _ in self.expected))
+
+    def numbers(self, source: str) -> tuple[list[str], list[float | None], list[float]]:
+        """uid, `acc` (None where the reward returned none) and score of each of a source's responses."""
+        given = self.rewards.get("acc", [None] * len(self.uids))
+        rows = zip(self.data_sources, self.uids, given, self.rewards["reward"], strict=True)
+        mine = [(str(uid), acc, float(reward or 0.0)) for name, uid, acc, reward in rows if str(name) == source]
+        uids, acc, scores = ([row[place] for row in mine] for place in range(3))
+        return uids, acc, scores
+
+    def right(self) -> list[bool] | None:
+        """Which of the task's own responses are right, as core.right has it: what the run's headline is decided on."""
+        parts = [self.numbers(source) for source in self.sources if not source.startswith(SKILL)]
+        return right_or_wrong([one for _, acc, _ in parts for one in acc], [one for *_, part in parts for one in part])
+
+    def mean(self, source: str, uids: Sequence[str], values: Sequence[float]) -> float:
+        """Over a source's prompts, of the mean over each prompt's responses; one that got lost counts 0."""
+        totals = {uid: 0.0 for name, uid in self.expected if name == source}
+        for uid, value in zip(uids, values, strict=True):
+            totals[uid] += value
+        return sum(total / self.expected[source, uid] for uid, total in totals.items()) / len(totals)
+
+
+SKILL = "skill/"
+"""Before the data_source of a skill beside the task: it is retained, not learned."""
+
+
+def evaluation_metrics(found: Validated, *, graded: bool) -> dict[str, float]:
+    """Score and, unless the run is graded (headline.py), accuracy of a validation by data source; of skills, retention.
 
     verl's own summary is left out: its best@N is a bootstrap with replacement, which is not pass@N (one right answer
     of 16 gives best@16 = 0.64), takes seconds, and reseeds numpy's global generator.
     """
-    right = rewards.get("acc", [None] * len(uids))
-    totals = dict.fromkeys(expected, 0.0)
-    for source, uid, acc, reward in zip(data_sources, uids, right, rewards["reward"], strict=True):
-        totals[str(source), str(uid)] += float(reward or 0.0) if acc is None else float(acc)
-    shares: dict[str, list[float]] = {}
-    for (source, uid), count in expected.items():
-        shares.setdefault(source, []).append(totals[source, uid] / count)
-    return {_accuracy_key(source): sum(values) / len(values) for source, values in shares.items()}
+    logged: dict[str, float] = {}
+    for source in found.sources:
+        uids, acc, scores = found.numbers(source)
+        right = right_or_wrong(acc, scores)
+        share = found.mean(source, uids, scores if right is None else right)
+        if source.startswith(SKILL):
+            logged[f"retention/{source.removeprefix(SKILL)}"] = share
+            continue
+        if not graded:
+            logged[f"eval/{source}/accuracy"] = share
+        logged[f"eval/{source}/score"] = found.mean(source, uids, scores)
+    return logged
 
 
-def _accuracy_key(source: str) -> str:
-    """A skill beside the task is retained, not learned."""
-    skill = source.removeprefix("skill/")
-    return f"eval/{source}/accuracy" if skill == source else f"retention/{skill}"
-
-
-def samples_columns(rows: Rows, step: int, row_of: dict[str, int], decode: Any) -> dict[str, list[Any]]:
-    """The columns of samples/step_<n>.parquet, one entry per response."""
+def samples_columns(
+    rows: Rows, step: int, row_of: dict[str, int], decode: Any, *, graded: bool = False
+) -> dict[str, list[Any]]:
+    """The columns of samples/step_<n>.parquet, one entry per response; in a graded run none is `valid` or not."""
+    valid = None if graded else is_valid(rows)
     prompts, responses = (
         [decode(ids, skip_special_tokens=True) for ids in column] for column in (rows.prompts, rows.responses)
     )
@@ -172,7 +215,7 @@ def samples_columns(rows: Rows, step: int, row_of: dict[str, int], decode: Any) 
         "token_ids": [ids.tolist() for ids in rows.responses],
         "mask": [row[: len(ids)].tolist() for row, ids in zip(rows.response_mask, rows.responses, strict=True)],
         "score": rows.scores.double().tolist(),
-        "valid": is_valid(rows).tolist(),
+        "valid": [None] * len(rows.samples) if valid is None else valid.tolist(),
         "answer": answers(rows),
         "num_valid": [None if n is None else str(n) for n in num_valid(rows)],
     }

@@ -63,11 +63,16 @@ class Recorder:
 
     def write_samples(self, step: int, columns: dict[str, list[Any]]) -> None:
         """samples/step_<n>.parquet, of as many prompts as the recipe asks for."""
-        policy, table = self.spec.samples, pa.table(columns)
+        policy, table = self.spec.samples, _table(columns)
         if policy.prompts is not None:
             numbered = sorted(set(columns["group"]), key=lambda group: (len(group), group))  # 9 before 10
             table = table.filter(pa.array([group in numbered[: policy.prompts] for group in columns["group"]]))
         self.folder.write_samples(step, table)
+
+
+def _table(columns: dict[str, list[Any]]) -> pa.Table:
+    """`valid` keeps its type where a reward grades and nothing is valid or not."""
+    return pa.table(columns | {"valid": pa.array(columns["valid"], pa.bool_())} if "valid" in columns else columns)
 
 
 def numbers(data: Mapping[str, Any]) -> dict[str, float]:

@@ -42,7 +42,7 @@ def _fetched(compute: Any, batch: KVBatchMeta) -> Tensor:
     return torch.nested.to_padded_tensor(response_from_nested(data[names.LOGPROBS], data[names.RESPONSE_MASK]), 0.0)
 
 
-def measured(sampled: Rows, policy: Tensor, reference: Tensor) -> dict[str, float]:
+def measured(sampled: Rows, policy: Tensor, reference: Tensor, *, graded: bool) -> dict[str, float]:
     """kl_ref_t1/*: every kl_ref/* of the batch, from these log-probs."""
-    found = kl_metrics(policy, reference, sampled.response_mask, is_valid(sampled))
+    found = kl_metrics(policy, reference, sampled.response_mask, None if graded else is_valid(sampled))
     return {key.replace("kl_ref/", "kl_ref_t1/"): value for key, value in found.items()}

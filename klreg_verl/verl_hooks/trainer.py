@@ -47,6 +47,7 @@ from klreg_verl.verl_hooks import (
     worker,
 )
 from klreg_verl.verl_hooks.beta import Beta
+from klreg_verl.verl_hooks.headline import Headline
 from klreg_verl.verl_hooks.loss import actor_loss
 from klreg_verl.verl_hooks.plugin import KL_VARIABLE
 from klreg_verl.verl_hooks.recorder import Recorder
@@ -69,6 +70,7 @@ class KLRegTrainer(PPOTrainerSync):
         check_kl(self.kl, os.environ[KL_VARIABLE], config.actor_rollout_ref.actor.loss_agg_mode)
         self.beta, self.watch = Beta(self.kl), Watch(self.block.alarms)
         self.recorder = Recorder.from_environment()
+        self.headline = Headline(self.recorder and self.recorder.folder)
         prepare(config, self.kl)
         super().__init__(config)
         self.replay_buffer.poll_interval = POLL_SECONDS
@@ -151,9 +153,10 @@ class KLRegTrainer(PPOTrainerSync):
         """Task advantages through verl; then the reward placement's KL, outside any division by a group's std."""
         batch = super()._compute_advantage(batch, metrics)
         self.sampled, longest = rows.fetch(batch), self.config.data.max_response_length
-        self.measured = measure.measure(self.sampled, self.kl, self.beta.now, longest)
+        graded = self.headline.saw(measure.is_valid(self.sampled))
+        self.measured = measure.measure(self.sampled, self.kl, self.beta.now, longest, graded=graded)
         if self.at_one is not None:
-            self.measured |= temperature_one.measured(self.sampled, *self.at_one)
+            self.measured |= temperature_one.measured(self.sampled, *self.at_one, graded=graded)
         if self.kl.in_reward:
             metrics.update(charge_kl(self.sampled, batch.partition_id, self.kl, self.beta.now))
         return batch
@@ -185,7 +188,8 @@ class KLRegTrainer(PPOTrainerSync):
         metrics.update(reference_samples.logged(metrics, self.beta.now))
         metrics.update(self.watch.check(self.global_steps, metrics))
         if self.recorder is not None and self.recorder.wants_samples(self.global_steps):
-            columns = measure.samples_columns(sampled, self.global_steps, self._row_of(), self.tokenizer.decode)
+            graded, decode = bool(self.headline.is_graded), self.tokenizer.decode
+            columns = measure.samples_columns(sampled, self.global_steps, self._row_of(), decode, graded=graded)
             self.recorder.write_samples(self.global_steps, columns)
 
     @property
@@ -197,8 +201,13 @@ class KLRegTrainer(PPOTrainerSync):
         return bool(own or verls) and not self.kl.normalize_with_reward
 
     def _val_metrics_update(self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns, **expected) -> dict:
-        counts = expected["expected_acc_counts"]
-        found = measure.evaluation_metrics(data_sources, sample_uids, reward_extra_infos_dict, counts)
+        validated = measure.Validated(
+            data_sources=data_sources,
+            uids=sample_uids,
+            rewards=reward_extra_infos_dict,
+            expected=expected["expected_acc_counts"],
+        )
+        found = measure.evaluation_metrics(validated, graded=self.headline.saw(validated.right()))
         if self.global_steps == 0:
             self.watch.begin(found)
         return found
