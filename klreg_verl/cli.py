@@ -433,10 +433,12 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     import csv
     import io
 
+    from klreg_verl.experiment.store import spreadsheet_text
+
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: spreadsheet_text(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
 
 

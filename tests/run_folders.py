@@ -59,6 +59,7 @@ def write_run(
     provenance: Mapping[str, Any] | None = None,
     attempts: Sequence[Mapping[str, Any]] = (),
     samples: Mapping[int, pa.Table] | None = None,
+    spec: Mapping[str, Any] | None = None,
 ) -> Path:
     """One run folder that holds exactly ``rows`` (each with its "step") and the cards of ``attempts``; its path."""
     folder = recipe_dir.joinpath(arm, task, *grid, f"seed{seed}")
@@ -66,7 +67,7 @@ def write_run(
     last = max((row["step"] for row in rows), default=0)
     steps = last if steps is None else steps
     block = kl if kl is not None else KL_BLOCKS.get(arm, {"placement": "none"})
-    spec = {
+    resolved = {
         "recipe": recipe_dir.name,
         "arm": arm,
         "task_name": task,
@@ -74,7 +75,7 @@ def write_run(
         "train": {"steps": steps},
         "kl": dict(block),
     }
-    _write(folder / "spec.json", spec)
+    _write(folder / "spec.json", resolved | dict(spec or {}))
     _write(folder / "state.json", {"status": status, "reason": reason, "step": last, "steps": steps, "attempt": 1})
     _write(folder / "provenance.json", provenance if provenance is not None else card(arm, seed))
     for number, attempt in enumerate(attempts, start=1):

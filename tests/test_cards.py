@@ -163,10 +163,16 @@ def test_comparisons_of_unlike_runs_say_so_everywhere(tmp_path: Path) -> None:
         ("on node7.cluster, rank 1", "on (host), rank 1"),
         ("on node7 and node70", "on (host) and node70"),
         ("0.5 nats/response, 3/4 done", "0.5 nats/response, 3/4 done"),
+        ("~0.5 nats, ~ 3 of 4", "~0.5 nats, ~ 3 of 4"),
+        ("~ada/x and ~ada, ada's", "(path) and (path), (user)'s"),
+        ("lost /scratch/my data/x.parquet: gone", "lost (path): gone"),
     ],
 )
 def test_texts_are_cleaned_of_paths_addresses_and_hosts(given: str, shown: str) -> None:
-    assert cards.cleaned(given, ("node7.cluster", "node7")) == shown
+    named = cards.Named(
+        hosts=frozenset({"node7.cluster", "node7"}), users=frozenset({"ada"}), paths=frozenset({"/scratch/my data"})
+    )
+    assert named.cleaned(given) == shown
 
 
 def test_an_anonymous_report_has_no_host_path_or_remote_in_any_file(tmp_path: Path) -> None:
@@ -183,14 +189,31 @@ def test_an_anonymous_report_has_no_host_path_or_remote_in_any_file(tmp_path: Pa
         status="failed",
         reason="node7 lost /scratch/lovelace/train.parquet",
         provenance=card("none", 1) | secret,
+        spec={
+            "question": "Does /home/ada.byron/my lab/data help ada.byron, and ~babbage/engine?",
+            "model": {"path": "/home/ada.byron/my lab/secret model"},
+        },
     )
     report.write_report(tmp_path, anonymous=True)
     texts = {path.name: path.read_text() for path in tmp_path.iterdir() if path.suffix in (".html", ".md", ".csv")}
     assert {"report.html", "report.md", "summary.csv", "metrics_long.csv"} <= texts.keys()
     for name, text in texts.items():
-        for word in ("node7", "lovelace", "hidden.git", "example.org", "scratch"):
+        for word in ("node7", "lovelace", "hidden.git", "example.org", "scratch", "byron", "my lab", "babbage"):
             assert word not in text, f"{word} in {name}"
     assert "EPYC" in texts["report.html"] and "dddddd" in texts["report.html"]
     assert "(host) lost (path)" in texts["report.md"]
     report.write_report(tmp_path)
     assert "node7" in (tmp_path / "report.html").read_text()
+
+
+def test_names_neither_run_as_formulas_in_a_spreadsheet_nor_as_html_in_markdown(tmp_path: Path) -> None:
+    question = "<script>alert(1)</script> & <b>bold</b>, p < 0.05, `<kept>`?"
+    rows = [row | {"=cmd|x": 1.0, "-ok": -0.5} for row in synthetic_rows("none", 1, 4)]
+    write_run(tmp_path, "=1+1", rows, spec={"question": question})
+    paths = report.write_report(tmp_path)
+    text = paths.markdown.read_text()
+    assert "&lt;script>alert(1)&lt;/script> & &lt;b>bold&lt;/b>, p < 0.05, `<kept>`?" in text
+    assert "<script" not in text
+    metrics = paths.metrics.read_text()
+    assert "\n'=1+1," in metrics and ",'=cmd|x,1" in metrics and ",'-ok,-0.5" in metrics  # texts only, no number
+    assert "'=1+1" in paths.summary.read_text()

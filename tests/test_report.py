@@ -200,7 +200,7 @@ def test_failed_running_missing_and_broken_runs_are_named(tmp_path):
     assert "1 of 5 runs done" in html
     assert "reverse/palindrome/seed1" in html and "out &lt;of&gt; memory" in html
     assert "5 of 12" in html and "not started" in html
-    assert "- `reverse/palindrome/seed1`: failed at step 5: out <of> memory" in text
+    assert "- `reverse/palindrome/seed1`: failed at step 5: out &lt;of> memory" in text
     assert "- `forward/palindrome/seed1`: running at step 0" in text
     assert "- `forward/palindrome/seed2`: pending at step 0: spec.json is missing" in text
     assert "- `none/palindrome/seed2`: not started" in text

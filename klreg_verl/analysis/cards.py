@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,15 @@ NAMING = {"hostname", "node", "nodes", "user", "remote", "remotes", "origin", "u
 HOST_FACTS = {"cpu", "cores", "cores_usable", "memory_gb", "gpus"}
 """What an anonymous card keeps of the host."""
 ADDRESS = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*(?::\S+)?|\b\w[\w+.-]*://[^\s\"'<>]+")
-PATH = re.compile(r"(?<![\w/.])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\\"'<>|,;:()]+[/\\])+[^\s\"'<>|,;:()]*")
+_REST = r"[^\s\"'<>|,;:()]*"
+PATH = re.compile(
+    rf"(?<![\w/.])(?:~[A-Za-z_][\w.-]*(?:[/\\]{_REST})?|~[/\\]{_REST}"
+    rf"|(?:[A-Za-z]:)?[/\\](?:[^\s/\\\"'<>|,;:()]+[/\\])+{_REST})"
+)
+WHOLE_PATH = re.compile(r"(?:~|[A-Za-z]:[/\\]|/)\S.*")
+"""A value of a card or spec that is nothing but a path; spaces may be in it."""
+USER = re.compile(r"(?:/home/|/Users/|/u/|^~)([A-Za-z_][\w.-]{2,})")
+"""Whose folder a path is in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,16 +220,58 @@ def _cut(value: str) -> str:
 # ---------------------------------------------------------------------------------------------------- anonymous
 
 
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """Texts that tell where and by whom runs were made, as their cards and specs have them."""
+
+    hosts: frozenset[str] = frozenset()
+    users: frozenset[str] = frozenset()
+    paths: frozenset[str] = frozenset()
+
+    @staticmethod
+    def by(*runs: Run) -> Named:
+        """What these runs name."""
+        paths = {text for run in runs for text in _texts([run.provenance, run.spec, *run.attempts.values()])}
+        paths = {text for text in paths if WHOLE_PATH.fullmatch(text)}
+        folders = {str(folder) for text in paths for folder in Path(text).parents if len(folder.parts) > 2}
+        return Named(
+            hosts=frozenset(name for run in runs for name in _host_names(run)),
+            users=frozenset(name for text in paths for name in USER.findall(text)),
+            paths=frozenset(paths | folders),
+        )
+
+    def cleaned(self, text: str) -> str:
+        """The text with addresses, paths, host and user names replaced by (address), (path), (host), (user)."""
+        for path in sorted(self.paths, key=len, reverse=True):  # those with spaces, which no pattern knows the end of
+            text = re.sub(rf"(?<![\w/.]){re.escape(path)}{_REST}", "(path)", text)
+        text = PATH.sub("(path)", ADDRESS.sub("(address)", text.replace(str(Path.home()), "~")))
+        for names, shown in ((self.hosts, "(host)"), (self.users, "(user)")):
+            for name in sorted(names, key=len, reverse=True):
+                text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", shown, text)
+        return text
+
+
 def anonymous(run: Run) -> Run:
-    """The run without host, paths, remotes and addresses in anything that a report shows of it."""
-    names = _host_names(run)
+    """The run without host, user, paths, remotes and addresses in anything that a report shows of it."""
+    named = Named.by(run)
     return replace(
         run,
-        provenance=_cleaned(run.provenance, names),
-        attempts={number: _cleaned(card, names) for number, card in run.attempts.items()},
-        reason=cleaned(run.reason, names),
-        problems=tuple(cleaned(problem, names) for problem in run.problems),
+        spec=_cleaned(run.spec, named, keep_keys=True),
+        provenance=_cleaned(run.provenance, named),
+        attempts={number: _cleaned(card, named) for number, card in run.attempts.items()},
+        reason=named.cleaned(run.reason),
+        problems=tuple(map(named.cleaned, run.problems)),
     )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
 
 
 def _host_names(run: Run) -> tuple[str, ...]:
@@ -230,19 +280,13 @@ def _host_names(run: Run) -> tuple[str, ...]:
     return tuple(name for name in (str(named or ""), str(named or "").partition(".")[0]) if name)
 
 
-def _cleaned(value: Any, names: Sequence[str], key: str = "") -> Any:
-    if key == "host":
+def _cleaned(value: Any, named: Named, key: str = "", *, keep_keys: bool = False) -> Any:
+    """Of a card, without the keys that name somebody; of a spec, whose `nodes` is a number, with all of them."""
+    if key == "host" and not keep_keys:
         return {name: each for name, each in mapping(value).items() if name in HOST_FACTS}
     if isinstance(value, Mapping):
-        return {name: _cleaned(each, names, str(name)) for name, each in value.items() if name not in NAMING}
+        kept = {name: each for name, each in value.items() if keep_keys or name not in NAMING}
+        return {name: _cleaned(each, named, str(name), keep_keys=keep_keys) for name, each in kept.items()}
     if isinstance(value, list | tuple):
-        return [_cleaned(each, names) for each in value]
-    return cleaned(value, names) if isinstance(value, str) else value
-
-
-def cleaned(text: str, names: Sequence[str] = ()) -> str:
-    """The text with addresses, absolute paths and the given host names replaced by (address), (path), (host)."""
-    text = PATH.sub("(path)", ADDRESS.sub("(address)", text.replace(str(Path.home()), "~")))
-    for name in sorted(set(names), key=len, reverse=True):
-        text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "(host)", text)
-    return text
+        return [_cleaned(each, named, keep_keys=keep_keys) for each in value]
+    return named.cleaned(value) if isinstance(value, str) else value

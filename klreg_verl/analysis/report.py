@@ -37,6 +37,7 @@ from klreg_verl.analysis.summary import (
     summary_table,
     unfinished,
 )
+from klreg_verl.experiment.store import spreadsheet_text
 
 FINDINGS = ("<!-- findings: written by a person, kept by the generator -->", "<!-- end of findings -->")
 MAX_LINES = 15
@@ -106,7 +107,7 @@ def _write_tables(study: Study, folder: Path) -> None:
     summary |= {"claims": claims.table(study.verdicts)} if study.verdicts else {}
     summary |= {"diversity": study.variety.per_run} if study.variety.rows else {}
     for name, table in summary.items():
-        _write(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        _write(folder / f"{name}.csv", table.map(spreadsheet_text).to_csv(index=False, lineterminator="\n"))
     temporary = folder / ".metrics_long.csv.tmp"
     write_long_table(study.runs, temporary)
     os.replace(temporary, folder / "metrics_long.csv")
@@ -184,7 +185,8 @@ def markdown_text(study: Study, drawn: Sequence[str], written: str = "") -> str:
         ),
         _section("Run cards", _card_lines(study)),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    told = (part if part.startswith(FINDINGS[0]) else tables.without_html(part) for part in parts if part)
+    return "\n\n".join(told) + "\n"
 
 
 def _write(path: Path, text: str) -> None:
@@ -301,4 +303,5 @@ def _card_lines(study: Study) -> str:
 
 
 def _code(value: str) -> str:
-    return f"`{cards.short(value)}`"
+    shown = cards.short(value).replace("`", "'")  # it would end the span
+    return f"`{shown}`"

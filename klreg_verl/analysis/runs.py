@@ -26,7 +26,7 @@ import pyarrow.json
 from pyarrow import csv
 
 from klreg_verl.experiment.plan import RunSpec
-from klreg_verl.experiment.store import RunFolder
+from klreg_verl.experiment.store import RunFolder, spreadsheet_text
 
 ACCURACY, SCORE = "train/accuracy", "train/score"
 ALARM, SATURATED = "alarm/", "kl/saturated"
@@ -257,8 +257,8 @@ def write_long_table(runs: Sequence[Run], path: Path) -> None:
 def _long(run: Run) -> pa.Table:
     values = run.metrics.to_numpy(dtype=np.float64).T
     columns, rows = np.nonzero(np.isfinite(values))
-    keys = pa.array([str(key) for key in run.metrics], pa.string())
-    named = (run.arm, run.task, ",".join(run.grid), run.seed, run.status)
+    keys = pa.array([spreadsheet_text(str(key)) for key in run.metrics], pa.string())
+    named = (*map(spreadsheet_text, (run.arm, run.task, ",".join(run.grid))), run.seed, run.status)
     arrays = [pa.repeat(pa.scalar(value), len(rows)) for value in named]
     steps = pa.array(run.metrics.index.to_numpy()[rows])
     arrays += [steps, keys.take(pa.array(columns)), pa.array(values[columns, rows])]

@@ -56,9 +56,10 @@ def read_study(
     groups = tuple(group_runs(runs, recipe_text.get("arms") or _arms(runs)))
     existing = {run.run_id for run in runs}
     name = str(recipe_text.get("name") or recipe_dir.resolve().name)
+    question = str(recipe_text.get("question") or _asked(loaded) or name).strip()
     return Study(
         name=name,
-        question=str(recipe_text.get("question") or _asked(runs) or name).strip(),
+        question=cards.Named.by(*loaded).cleaned(question) if anonymous else question,
         runs=tuple(run for group in groups for run in group.runs),
         groups=groups,
         missing=tuple(run_id for run_id in recipe_text.get("planned") or () if run_id not in existing),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -86,9 +87,15 @@ def markdown(table: Table) -> str:
 
 
 def pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows of texts as a table in Markdown; "" without rows."""
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    """Rows of texts as a table in Markdown, each row one line; "" without rows."""
+    lines = [f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]) if lines else ""
+
+
+def without_html(text: str) -> str:
+    """Markdown in which no text begins an HTML tag: a task's or a model's name would be run by whoever shows it."""
+    parts = re.split(r"(`[^`\n]*`)", text)  # every second one is a span of code, which Markdown shows as it stands
+    return "".join(part if index % 2 else re.sub(r"<(?=[A-Za-z/!?])", "&lt;", part) for index, part in enumerate(parts))
 
 
 def _heads(table: Table) -> list[str]:

@@ -88,6 +88,11 @@ def write_json(path: Path, obj: Any, *, mode: int | None = None) -> None:
     atomic_write(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
 
 
+def spreadsheet_text(value: Any) -> Any:
+    """A cell of a CSV file; text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes renames in a folder durable. Some file systems refuse it for folders, where the rename is all there is."""
     descriptor = os.open(folder, os.O_RDONLY)
