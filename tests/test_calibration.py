@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from klreg_verl.analysis import power
+from klreg_verl.analysis.frontier import matched
 from klreg_verl.core.statistics import Paired, at_look, decide, look_level
 
 FULL, QUICK = 10_000, 1_000
@@ -126,6 +127,44 @@ def test_the_stated_power_is_that_of_the_rule(num: int, claims: int, studies: in
         assert abs(found - 0.8) <= slack, (outcome, found)
 
 
+# ---------------------------------------------------------------------------------------------------- equal KL
+
+ENDS = {"left": (0.29, 0.46, 0.58, 0.79, 1.00), "right": (0.19, 0.33, 0.45, 0.67, 0.98)}
+"""KL that five betas end at, as in recipes/results/beta_sweep_cpu with one beta more."""
+BETWEEN = (0.35, 0.75)
+
+
+def curves(noise: str, seeds: int, studies: int, shift: float) -> Iterator[Paired]:
+    """Both arms on 0.44 + 0.3 sqrt(KL), the right one `shift` lower; noise in KL, in the metric and of the seed."""
+    generator = np.random.default_rng([seeds, len(noise), 7])
+
+    def draw(*shape: int) -> np.ndarray:
+        return NOISES[noise](generator, shape)
+
+    for _ in range(studies):
+        common, paths = 0.02 * draw(seeds), []
+        for name, ends in ENDS.items():
+            kls = np.array(ends) * (1 + 0.05 * draw(seeds, 5))
+            values = 0.44 + 0.3 * np.sqrt(np.maximum(kls, 0.01)) + 0.02 * draw(seeds, 5) + common[:, None]
+            values -= shift * (name == "right")
+            paths.append({seed: list(zip(kls[seed], values[seed], strict=True)) for seed in range(seeds)})
+        yield matched(paths[0], paths[1], BETWEEN)
+
+
+def at_equal_kl(noise: str, seeds: int, studies: int) -> tuple[float, float]:
+    """(share of intervals with the truth in them, share of "equivalent" where the difference is the margin)."""
+    inside = [low <= 0 <= high for low, high in (each.interval() for each in curves(noise, seeds, studies, 0.0))]
+    false = [decide([each], [0.02])[0].outcome == "equivalent" for each in curves(noise, seeds, studies, 0.02)]
+    return float(np.mean(inside)), float(np.mean(false))
+
+
+@pytest.mark.parametrize("studies", [QUICK // 2, pytest.param(FULL, marks=pytest.mark.full)])
+@pytest.mark.parametrize("seeds", [5, 8])
+def test_at_equal_kl_intervals_cover_and_the_margin_is_kept(seeds: int, studies: int) -> None:
+    inside, false = at_equal_kl("normal", seeds, studies)
+    assert 0.93 - error(0.05, studies) * (studies < FULL) <= inside and false <= 0.06 + error(0.05, studies)
+
+
 def table(studies: int = FULL) -> str:
     """The rates of all rules as Markdown."""
     head = ("arm noise", "seeds", "looks", "nulls rejected", "interval covers", "on the margin, equivalent")
@@ -139,6 +178,12 @@ def table(studies: int = FULL) -> str:
             )
             told = " | ".join(f"{value:.3f}" for value in rates)
             rows.append(f"| {noise} | {num} | {', '.join(map(str, looks)) or 'one'} | {told} |")
+    head = ("compared at equal KL, arm noise", "seeds", "interval covers", "on the margin, equivalent")
+    rows += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for noise in NOISES:
+        for seeds in (5, 8):
+            inside, false = at_equal_kl(noise, seeds, studies)
+            rows.append(f"| {noise} | {seeds} | {inside:.3f} | {false:.3f} |")
     return "\n".join(rows)
 
 

@@ -12,6 +12,7 @@ import pytest
 from run_folders import KL_BLOCKS, card, synthetic_samples, write_run
 
 from klreg_verl.analysis import claims, runs
+from klreg_verl.analysis.endpoints import kl_beside
 from klreg_verl.core import statistics
 from klreg_verl.experiment import claims as written
 from klreg_verl.experiment.claims import ClaimSpec
@@ -182,25 +183,102 @@ def test_at_equal_beta_only_the_runs_at_that_beta_are_compared(tmp_path: Path) -
     assert verdict.comparison.mean == pytest.approx(0.01, abs=1e-3) and "at beta 0.3" in claims.lines([verdict])[0]
 
 
-def test_at_equal_kl_the_runs_of_each_seed_are_joined(tmp_path: Path) -> None:
-    claim = ClaimSpec(
-        metric="diversity/coverage",
-        contrast=("reverse", "forward"),
-        margin=0.05,
-        compare="kl",
-        at=1.5,
-        task="palindrome",
-    )
-    # reverse: coverage 0.9 at KL 1 and 0.7 at KL 2: 0.8 at 1.5; forward: 0.8 at KL 1 and 0.6 at KL 3: 0.75 at 1.5
-    points = {"reverse": ((0.3, 1.0, 0.9), (0.1, 2.0, 0.7)), "forward": ((0.3, 1.0, 0.8), (0.1, 3.0, 0.6))}
-    for arm, several in points.items():
-        for beta, kl, value in several:
-            values = {seed: value + 0.001 * (seed if arm == "reverse" else -seed) for seed in (1, 2, 3)}
-            write(tmp_path, arm, values, registered={"c": claim}, grid=(f"beta={beta}",), kl=kl)
+KL_CLAIM = ClaimSpec(
+    metric="diversity/coverage",
+    contrast=("reverse", "forward"),
+    margin=0.001,
+    compare="kl",
+    between=(1.0, 2.0),
+    task="palindrome",
+)
+CURVES = {
+    "reverse": {0.4: (0.9, 0.89), 0.3: (1.1, 0.91), 0.2: (1.5, 0.95), 0.1: (2.0, 1.00), 0.05: (2.5, 1.05)},
+    "forward": {0.4: (0.5, 0.80), 0.3: (1.0, 0.85), 0.2: (1.5, 0.90), 0.1: (1.9, 0.94), 0.05: (3.0, 1.05)},
+}
+"""Coverage 0.8 + 0.1 KL for reverse and 0.05 less for forward, at betas that end at other KLs."""
+
+
+def write_curves(folder: Path, seeds: Sequence[int], *, without: Sequence[tuple[str, float, int]] = ()) -> None:
+    for arm, several in CURVES.items():
+        for beta, (kl, value) in several.items():
+            lift = 0.001 * (arm == "reverse")
+            own = {seed: value + lift * seed for seed in seeds if (arm, beta, seed) not in without}
+            block = KL_BLOCKS[arm] | {"beta": beta}
+            write(folder, arm, own, registered={"c": KL_CLAIM}, grid=(f"beta={beta}",), kl=kl, block=block)
+
+
+def test_at_equal_kl_arms_are_compared_by_the_mean_over_the_interval(tmp_path: Path) -> None:
+    write_curves(tmp_path, [1, 2, 3, 4, 5])
     (verdict,) = judged(tmp_path)
-    assert verdict.comparison.left == pytest.approx([0.801, 0.802, 0.803])
-    assert verdict.comparison.right == pytest.approx([0.749, 0.748, 0.747])
-    assert "at KL 1.5" in claims.sentences([verdict])[0]
+    # both curves are straight lines: 0.05 apart at every KL, and 0.001 times the seed
+    assert verdict.comparison.differences == pytest.approx([0.05 + 0.001 * seed for seed in (1, 2, 3, 4, 5)])
+    assert verdict.outcome == "differs" and "at KL 1 to 2" in claims.sentences([verdict])[0]
+
+
+def test_at_equal_kl_less_than_five_seeds_are_refused(tmp_path: Path) -> None:
+    write_curves(tmp_path, [1, 2, 3, 4])
+    (verdict,) = judged(tmp_path)
+    assert verdict.outcome == "undecided" and verdict.comparison.num == 0
+    assert "is not compared: 4 seeds of both arms enclose KL 1 to 2, 5 are needed" in claims.sentences([verdict])[0]
+
+
+def test_at_equal_kl_a_missing_beta_is_named(tmp_path: Path) -> None:
+    write_curves(tmp_path, [1, 2, 3, 4, 5, 6], without=[("forward", 0.2, 3)])
+    (verdict,) = judged(tmp_path)
+    assert verdict.refused == "the arm forward has no finished run at beta 0.2 of seed 3"
+
+
+def test_at_equal_kl_three_betas_must_end_inside(tmp_path: Path) -> None:
+    narrow = replace(KL_CLAIM, between=(1.2, 1.8))
+    write_curves(tmp_path, [1, 2, 3, 4, 5])
+    found = {verdict.name: verdict for verdict in judged(tmp_path, {"narrow": narrow})}
+    assert found["narrow"].refused.startswith("1 betas of the arm reverse end between KL 1.2 and 1.8, 3 are needed")
+
+
+def test_a_claim_of_earlier_versions_at_one_kl_is_a_member_of_the_family_and_open(tmp_path: Path) -> None:
+    write_curves(tmp_path, [1, 2, 3, 4, 5])
+    (_, old) = judged(tmp_path, {"old": replace(KL_CLAIM, between=(), at=1.5)})
+    assert old.outcome == "undecided" and old.refused.startswith("a claim at a single KL is not decided")
+
+
+def test_kl_and_evaluations_are_of_one_window_of_steps(tmp_path: Path) -> None:
+    rows = [{"step": step, "kl_ref/k1_response": float(step)} for step in range(1, 51)]
+    for step in (10, 20, 30, 40, 50):
+        rows[step - 1]["eval/palindrome/accuracy"] = 0.5
+    write_run(tmp_path, "reverse", rows)
+    (run,) = runs.load(tmp_path)
+    # evaluated after steps 30, 40, 50: batches 31 to 50, mean 40.5; a training metric: the last ten steps, 45.5
+    assert kl_beside(run, "eval/palindrome/accuracy") == 40.5 and kl_beside(run, "train/accuracy") == 45.5
+
+
+# ---------------------------------------------------------------------------------------------------- margins
+
+
+def study_with_start(folder: Path, moved: float) -> claims.Verdict:
+    """reverse and forward alike; none moves from 0.5 at step 1 by `moved`."""
+    claim = replace(COVERAGE, contrast=("reverse", "forward"), margin=0.03)
+    for arm, end in (("none", 0.5 + moved), ("reverse", 0.5), ("forward", 0.5)):
+        for seed in (1, 2, 3, 4, 5):
+            rows = [
+                {"step": step, "diversity/coverage": 0.5 if step == 1 else end + 0.0005 * seed * (arm != "forward")}
+                for step in range(1, 13)
+            ]
+            entry = {"claims": written.card({"c": claim}, None, "monday")}
+            write_run(folder, arm, rows, seed=seed, provenance=card(arm, seed) | entry)
+    return judged(folder)[0]
+
+
+def test_a_margin_that_training_without_kl_stays_inside_tells_nothing(tmp_path: Path) -> None:
+    verdict = study_with_start(tmp_path, -0.018)
+    assert verdict.decision.outcome == "equivalent" and verdict.outcome == "uninformative"
+    (told,) = claims.sentences([verdict])
+    assert "margin too wide to tell: training without KL itself moved it by −0.0165" in told
+    assert "equivalent to zero" not in told and "uninformative" in claims.lines([verdict])[0]
+    assert claims.table([verdict])["outcome"].tolist() == ["uninformative"]
+
+
+def test_a_margin_smaller_than_what_training_moves_is_decided(tmp_path: Path) -> None:
+    assert study_with_start(tmp_path, -0.2).outcome == "equivalent"
 
 
 def test_the_kl_that_the_arms_ended_at_is_said(tmp_path: Path) -> None:
@@ -288,7 +366,7 @@ def test_the_table_has_what_decided(tmp_path: Path) -> None:
     write(tmp_path, "none", NONE, registered={"kept": COVERAGE})
     write(tmp_path, "reverse", against(NEAR), registered={"kept": COVERAGE})
     (row,) = claims.table(judged(tmp_path)).to_dict("records")
-    assert (row["claim"], row["outcome"], row["pairs"], row["holm_family"]) == ("kept", "equivalent", 5, 1)
+    assert (row["claim"], row["outcome"], row["pairs"], row["holm_family"]) == ("kept", "uninformative", 5, 1)
     assert row["low"] < row["difference"] < row["high"] and row["p_equivalence"] < 0.05
 
 

@@ -98,8 +98,19 @@ def test_a_base_has_claims_too_and_overrides_reach_them(tmp_path: Path) -> None:
         (claim(compare="middle"), "'middle' is not one of end, beta, kl"),
         (claim(compare="beta", at="0.1"), "claims.c.at: the arm none has no run at beta 0.1 (it is run at no beta)."),
         (
-            claim(compare="kl", at="1", contrast="[reverse, forward]"),
-            "claims.c.compare: kl: the arm reverse is run at beta 0.1; to know it at a given KL it takes two betas",
+            claim(compare="kl", between="[0.5, 1]", contrast="[reverse, forward]"),
+            "claims.c.compare: kl: the arm reverse is run at beta 0.1; its curve over an interval of KL takes 3 betas",
+        ),
+        (
+            GRID + claim(compare="kl", at="1", contrast="[reverse, forward]"),
+            "claims.c.at: 1: at one KL straight lines between betas are biased and miss the truth too often.",
+        ),
+        (claim(compare="kl"), "claims.c.between: missing. `compare: kl` needs the interval of KL to compare over"),
+        (claim(between="[0.5, 1]"), "claims.c.between: [0.5, 1.0] has no effect with `compare: end`."),
+        (claim(compare="kl", between="[1, 0.5]"), "claims.c.between: [1.0, 0.5]: give the lowest and the highest KL"),
+        (
+            claim(compare="kl", between="[0.5, 1]", at="1"),
+            "claims.c.at: 1.0 and `between` contradict each other. Keep `between`.",
         ),
         (
             GRID + claim(contrast="[reverse, forward]"),
@@ -121,7 +132,7 @@ def test_a_claim_that_no_run_can_decide_is_refused_with_its_place(tmp_path: Path
 
 def test_a_grid_over_more_than_beta_is_no_line_over_kl(tmp_path: Path) -> None:
     text = TEXT.replace("kl: {beta: 0.1}", "grid: {kl.beta: [0.1, 0.3], train.learning_rate: [1.0e-5, 1.0e-4]}")
-    told = refusal(tmp_path, text + claim(compare="kl", at="1", contrast="[reverse, forward]"))
+    told = refusal(tmp_path, text + claim(compare="kl", between="[0.5, 1]", contrast="[reverse, forward]"))
     assert "claims.c.compare: kl: the arm reverse has several grid points at one beta" in told
 
 
@@ -140,9 +151,11 @@ def test_with_several_tasks_a_claim_names_one(tmp_path: Path) -> None:
 
 
 def test_arms_at_the_betas_of_a_grid_are_compared_at_a_beta_or_a_kl(tmp_path: Path) -> None:
-    for how in ({"compare": "beta", "at": "0.3"}, {"compare": "kl", "at": "1.5"}):
-        found = load(tmp_path, GRID + claim(contrast="[reverse, forward]", **how)).claims["c"]
-        assert (found.compare, found.at) == (how["compare"], float(how["at"]))
+    several = GRID.replace("[0.1, 0.3]", "[0.1, 0.3, 1.0]")
+    for how in ({"compare": "beta", "at": "0.3"}, {"compare": "kl", "between": "[0.5, 1.5]"}):
+        found = load(tmp_path, several + claim(contrast="[reverse, forward]", **how)).claims["c"]
+        assert found.compare == how["compare"]
+    assert found.between == (0.5, 1.5)
 
 
 # ---------------------------------------------------------------------------------------------------- run cards

@@ -34,13 +34,22 @@ def test_arms_on_one_curve_differ_at_equal_beta_and_not_at_equal_kl():
     slow = {seed: [(kl / 2, math.sqrt(kl / 2)) for kl, _ in points] for seed, points in curve.items()}
     at_equal_beta = curve[1][100][1] - slow[1][100][1]
     assert at_equal_beta > 0.3
-    assert frontier.matched(curve, slow, 1.0).differences == pytest.approx([0.0] * 3, abs=1e-3)
+    assert frontier.matched(curve, slow, (0.5, 1.5)).differences == pytest.approx([0.0] * 3, abs=1e-3)
 
 
-def test_seeds_that_do_not_reach_the_kl_are_named_not_guessed():
+def test_the_mean_over_an_interval_is_that_of_the_lines():
+    # from 1 to 3 along (0, 0), (2, 1), (4, 0): 0.5 up to 1 and back to 0.5, mean 0.75
+    points = [(4.0, 0.0), (0.0, 0.0), (2.0, 1.0)]
+    assert frontier.over_kl(points, 1.0, 3.0) == pytest.approx(0.75)
+    # between two points it is the chord's middle
+    assert frontier.over_kl(points, 0.0, 2.0) == pytest.approx(0.5)
+    assert math.isnan(frontier.over_kl(points, 1.0, 4.1)) and math.isnan(frontier.over_kl(points[1:2], 0.0, 0.1))
+
+
+def test_seeds_that_do_not_enclose_the_interval_are_named_not_guessed():
     left = {1: [(0.0, 0.0), (2.0, 1.0)], 2: [(0.0, 0.0), (0.5, 1.0)], 3: [(0.0, 0.2), (2.0, 1.0)]}
     right = {seed: [(0.0, 0.0), (2.0, 0.5)] for seed in (1, 2, 3)}
-    found = frontier.matched(left, right, 1.0)
+    found = frontier.matched(left, right, (0.5, 1.5))  # means at KL 1: 0.5, 0.6 and 0.25
     assert found.seeds == (1, 3) and found.unpaired == (2,)
     assert found.differences == pytest.approx([0.25, 0.35])
 

@@ -1,4 +1,4 @@
-"""The claims of a recipe, decided from its runs: each ends as differs, equivalent or undecided.
+"""The claims of a recipe, decided from its runs: each ends as differs, equivalent, uninformative or undecided.
 
 What is decided, and how many comparisons Holm corrects for, is read from the run cards, where the claims stand as they
 were when each run started (experiment/claims.py). A claim that is not in the card of every run it compares was written
@@ -6,6 +6,9 @@ later: it is computed all the same, called exploratory, and decides nothing. So 
 
 A run's value is its primary endpoint: of an evaluation metric the mean of the last three evaluations, of a training
 metric the mean of the last ten steps. Only finished runs enter, paired by seed; the others are named and not imputed.
+
+An equivalence is uninformative where its margin is not smaller than what training without KL moves the metric by: such
+a margin cannot tell KL from no KL.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from klreg_verl.analysis.endpoints import (
     endpoint,
     evaluations,
     is_evaluation,
+    kl_beside,
     prompt_values,
     settings,
+    start,
 )
 from klreg_verl.analysis.runs import Run
 from klreg_verl.core.statistics import (
@@ -44,8 +49,10 @@ from klreg_verl.core.statistics import (
     seeds_to_decide,
 )
 from klreg_verl.experiment import strict
-from klreg_verl.experiment.claims import ACHIEVED_KL, ClaimSpec, canonical, registered, said
+from klreg_verl.experiment.claims import ACHIEVED_KL, CURVE, ClaimSpec, canonical, registered, said
 
+FEWEST = 5
+"""Seeds from which arms are compared at equal KL."""
 NOTE = (
     "Written in the recipe before the runs and hashed into their cards; decided on finished runs paired by seed, with "
     "Holm's correction of the p-values inside this list; the intervals are each claim's own. A claim that came later "
@@ -72,6 +79,10 @@ class Verdict:
     """What of the estimate's error comes from the prompts, where the samples tell."""
     notes: tuple[str, ...] = ()
     """Sentences about what was left out, and how the arms differ besides."""
+    refused: str = ""
+    """Why arms cannot be compared at equal KL; then there are no pairs."""
+    moved: Paired | None = None
+    """What training without KL moves the metric by, from the start; None where it is not known."""
     every: int = 0
     """Pairs that there are; the comparison has those up to the last look that was reached."""
 
@@ -79,6 +90,17 @@ class Verdict:
     def is_registered(self) -> bool:
         """Whether the claim was in every compared run's card from its start."""
         return self.family > 0
+
+    @property
+    def is_uninformative(self) -> bool:
+        """Whether the margin is so wide that equivalence within it says nothing: training without KL stays inside."""
+        return self.moved is not None and abs(self.moved.mean) <= self.claim.margin
+
+    @property
+    def outcome(self) -> str:
+        """How it ended; an equivalence within too wide a margin is "uninformative"."""
+        ended = self.decision.outcome
+        return "uninformative" if ended == "equivalent" and self.is_uninformative else ended
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -105,18 +127,77 @@ def _is_meant(run: Run, claim: ClaimSpec) -> bool:
 def compare(runs: Sequence[Run], claim: ClaimSpec) -> Paired:
     """The claim's contrast, first arm minus second, paired by seed."""
     sides = [of_arm(runs, claim, arm) for arm in claim.contrast]
-    if claim.compare == "kl":
-        left, right = (paths(side, claim.metric) for side in sides)
-        return frontier.matched(left, right, float(claim.at or math.nan))
-    return paired(*(_by_seed(side, claim.metric) for side in sides))
+    if claim.compare != "kl":
+        return paired(*(_by_seed(side, claim.metric) for side in sides))
+    if refusal(runs, claim):
+        return paired({}, {})
+    return _at_equal_kl(runs, claim)
+
+
+def _at_equal_kl(runs: Sequence[Run], claim: ClaimSpec) -> Paired:
+    left, right = (paths(of_arm(runs, claim, arm), claim.metric) for arm in claim.contrast)
+    return frontier.matched(left, right, (claim.between[0], claim.between[1]))
+
+
+def refusal(runs: Sequence[Run], claim: ClaimSpec) -> str:
+    """Why the arms are not compared at equal KL: a single KL, runs or betas missing, too few seeds; "" if they are."""
+    if not claim.between:
+        return "a claim at a single KL is not decided: chords between betas are biased there; give `between`"
+    for arm in claim.contrast:
+        if why := _missing_betas(runs, claim, arm):
+            return why
+    found = _at_equal_kl(runs, claim)
+    if found.num < FEWEST:
+        low, high = claim.between
+        return f"{found.num} seeds of both arms enclose KL {low:g} to {high:g}, {FEWEST} are needed"
+    return ""
+
+
+def _missing_betas(runs: Sequence[Run], claim: ClaimSpec, arm: str) -> str:
+    """The runs that an arm's curves lack, or that too few of its betas end inside the interval."""
+    planned = {(run.seed, run.kl.get("beta")) for run in runs if run.arm == arm and run.task == claim.task}
+    done = of_arm(runs, claim, arm)
+    betas = sorted({beta for _, beta in planned if isinstance(beta, int | float)})
+    seeds = sorted({seed for seed, _ in planned})
+    known = {(run.seed, run.kl.get("beta")) for run in done}
+    if lacking := [(beta, seed) for beta in betas for seed in seeds if (seed, beta) not in known]:
+        told = ", ".join(f"beta {beta:g} of seed {seed}" for beta, seed in lacking[:6])
+        return f"the arm {arm} has no finished run at {told}{' and more' * (len(lacking) > 6)}"
+    ends = {beta: _mean_kl([run for run in done if run.kl.get("beta") == beta], claim.metric) for beta in betas}
+    inside = [beta for beta in betas if claim.between[0] <= ends[beta] <= claim.between[1]]
+    if len(inside) >= CURVE:
+        return ""
+    told = ", ".join(f"beta {beta:g} at {stats.number(kl, 2)}" for beta, kl in ends.items())
+    return (
+        f"{len(inside)} betas of the arm {arm} end between KL {claim.between[0]:g} and {claim.between[1]:g}, {CURVE} "
+        f"are needed ({told or 'there are no runs'})"
+    )
+
+
+def _mean_kl(runs: Iterable[Run], metric: str) -> float:
+    return stats.mean_and_error(kl_beside(run, metric) for run in runs).mean
 
 
 def paths(runs: Iterable[Run], metric: str) -> dict[int, list[frontier.Point]]:
     """Seed -> (KL, metric) of its runs: one arm's, at all its betas, for `frontier.frontier` and `frontier.matched`."""
     points: dict[int, list[frontier.Point]] = {}
     for run in runs:
-        points.setdefault(run.seed, []).append((endpoint(run, ACHIEVED_KL), endpoint(run, metric)))
+        points.setdefault(run.seed, []).append((kl_beside(run, metric), endpoint(run, metric)))
     return points
+
+
+def moved(runs: Sequence[Run], claim: ClaimSpec) -> Paired | None:
+    """What training without KL moves the metric by: the end of each run without a KL term minus the start.
+
+    The start is the mean over all measurements of the same weights, so its error is small beside a run's own.
+    """
+    mine = [run for run in runs if run.task == claim.task and run.is_done]
+    free = [run for run in mine if run.kl.get("placement") == "none"]
+    begun = [value for run in mine if math.isfinite(value := start(run, claim.metric))]
+    if not free or not begun:
+        return None
+    found = paired(_by_seed(free, claim.metric), {run.seed: float(np.mean(begun)) for run in free})
+    return found if found.num else None
 
 
 def _by_seed(runs: Iterable[Run], metric: str) -> dict[int, float]:
@@ -164,6 +245,8 @@ def judge(
             claim=each.claim,
             comparison=at_look(each.comparison, each.claim.looks),
             every=each.comparison.num,
+            refused=refusal(runs, each.claim) if each.claim.compare == "kl" else "",
+            moved=moved(runs, each.claim),
             decision=decision,
             family=family if each.is_registered else 0,
             seeds=_seeds(each, decision, level / remaining if each.is_registered else level),
@@ -243,7 +326,8 @@ def _notes(runs: Sequence[Run], claim: ClaimSpec, comparison: Paired) -> Iterabl
     if ended:
         yield f"Left out: {', '.join(f'{run.run_id} ({run.status})' for run in ended)}."
     if missing := sorted(set(comparison.unpaired) - {run.seed for run in ended}):
-        why = "do not reach this KL in both arms" if claim.compare == "kl" else "have a value in one arm only"
+        shared = "do not enclose this interval of KL in both arms"
+        why = shared if claim.compare == "kl" else "have a value in one arm only"
         yield f"Not paired: seeds {', '.join(map(str, missing))} {why}."
     if comparison.num > 1 and not comparison.is_testable:
         yield f"All {comparison.num} differences are equal: below {SURE} pairs that says nothing about their spread."
@@ -335,10 +419,10 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "task": claim.task,
         "first": claim.contrast[0],
         "second": claim.contrast[1],
-        "compare": claim.compare if claim.at is None else f"{claim.compare}={claim.at:g}",
+        "compare": claim.compare + (_where(claim) and f"={_where(claim)}"),
         "margin": claim.margin,
         "registered": verdict.is_registered,
-        "outcome": decision.outcome,
+        "outcome": verdict.outcome,
         "difference": comparison.mean,
         "low": low,
         "high": high,
@@ -354,15 +438,17 @@ def _row(verdict: Verdict) -> dict[str, Any]:
 
 
 def _ending(verdict: Verdict) -> str:
-    return verdict.decision.outcome + ("" if verdict.is_registered else " (exploratory)")
+    return verdict.outcome + ("" if verdict.is_registered else " (exploratory)")
 
 
 def _contrast(verdict: Verdict) -> str:
     claim = verdict.claim
-    where = (
-        {"end": "", "beta": f" at beta {claim.at:g}", "kl": f" at KL {claim.at:g}"}[claim.compare] if claim.at else ""
-    )
+    where = f" at {'KL' if claim.compare == 'kl' else 'beta'} {_where(claim)}" if _where(claim) else ""
     return f"{claim.metric} of {claim.contrast[0]} minus {claim.contrast[1]}{where}"
+
+
+def _where(claim: ClaimSpec) -> str:
+    return " to ".join(f"{end:g}" for end in claim.between) or ("" if claim.at is None else f"{claim.at:g}")
 
 
 def _places(verdict: Verdict) -> int:
@@ -372,6 +458,8 @@ def _places(verdict: Verdict) -> int:
 def _numbers(verdict: Verdict) -> str:
     """ "−0.031 [−0.045, −0.017], 8 seeds, p 0.002"."""
     comparison, decision, places = verdict.comparison, verdict.decision, _places(verdict)
+    if verdict.refused:
+        return f"is not compared: {verdict.refused}"
     if verdict.claim.looks and not reached(verdict.claim.looks, verdict.every):
         pairs = f"{verdict.every} pair{'s' * (verdict.every != 1)}"
         return f"has {pairs} of seeds, the first look is at {verdict.claim.looks[0]}"
@@ -403,10 +491,26 @@ def finding(verdict: Verdict) -> str:
     estimate = f"{mean} (95 % interval {low} to {high}, {comparison.num} paired seeds)"
     if verdict.decision.outcome == "differs":
         return f"{head} {_contrast(verdict)} differs from zero: {estimate}."
+    if verdict.outcome == "uninformative":
+        return (
+            f"{head} {_contrast(verdict)}: margin too wide to tell: {_free(verdict)}, inside the margin "
+            f"±{claim.margin:g}. {estimate[0].upper()}{estimate[1:]}."
+        )
     if verdict.decision.outcome == "equivalent":
         real = " The difference is told from zero, and is too small to matter." if verdict.decision.is_nonzero else ""
         return f"{head} {_contrast(verdict)} is equivalent to zero within ±{claim.margin:g}: {estimate}.{real}"
-    return f"{head} {_contrast(verdict)} is undecided: {estimate}, margin ±{claim.margin:g}. {_more(verdict)}"
+    wide = f" An equivalence would tell nothing: {_free(verdict)}." if verdict.is_uninformative else ""
+    return f"{head} {_contrast(verdict)} is undecided: {estimate}, margin ±{claim.margin:g}. {_more(verdict)}{wide}"
+
+
+def _free(verdict: Verdict) -> str:
+    """ "training without KL itself moved it by −0.018 [−0.026, −0.010]"."""
+    found = verdict.moved
+    assert found is not None
+    places = stats.decimals([found.standard_error])
+    low, high = (stats.number(end, places) for end in found.interval())
+    interval = f" [{low}, {high}]" if found.is_testable else ""
+    return f"training without KL itself moved it by {stats.number(found.mean, places, sign=True)}{interval}"
 
 
 def _more(verdict: Verdict) -> str:

@@ -22,6 +22,7 @@ from klreg_verl.analysis.diversity import read_answers
 from klreg_verl.analysis.runs import Run, mapping
 from klreg_verl.analysis.samples import stored_steps
 from klreg_verl.core import diversity
+from klreg_verl.experiment.claims import ACHIEVED_KL
 
 LAST_EVALUATIONS = 3
 """Evaluations whose mean is a run's value: the last one alone is noisier, and the best one biased."""
@@ -40,6 +41,33 @@ def endpoint(run: Run, metric: str) -> float:
     if not is_evaluation(metric):
         return stats.last_steps(run.training[metric].tolist()).mean if metric in run.training else math.nan
     return stats.last_steps(evaluations(run, metric).tolist(), LAST_EVALUATIONS).mean
+
+
+def kl_beside(run: Run, metric: str) -> float:
+    """The KL to the reference over the window of steps that the metric's `endpoint` is of [nats per response].
+
+    Evaluations after steps a < ... < b: the steps a + 1 to b, whose batches were sampled after a to b - 1 updates; a
+    single evaluation and a training metric: the last ten steps.
+    """
+    if ACHIEVED_KL not in run.training:
+        return math.nan
+    steps = evaluations(run, metric).index[-LAST_EVALUATIONS:] if is_evaluation(metric) else []
+    if len(steps) < 2:
+        return endpoint(run, ACHIEVED_KL)
+    inside = run.training[ACHIEVED_KL]
+    return stats.mean_and_error(inside[(inside.index > steps[0]) & (inside.index <= steps[-1])]).mean
+
+
+def start(run: Run, metric: str) -> float:
+    """The starting model's value: an evaluation's at step 0, a training metric's at step 1; NaN where it has none."""
+    if not is_evaluation(metric):
+        known = run.training[metric].dropna() if metric in run.training else pd.Series(dtype="float64")
+        return float(known.iloc[0]) if len(known) and known.index[0] == 1 else math.nan
+    if metric in run.metrics and 0 in run.metrics.index and math.isfinite(run.metrics.loc[0, metric]):
+        return float(run.metrics.loc[0, metric])
+    known = [each for each in retention.records(run) if each["step"] == 0 and metric in _numbers(each)]
+    best = max(known, key=lambda each: each["prompts"] * each["samples"], default=None)
+    return math.nan if best is None else _numbers(best)[metric]
 
 
 def is_evaluation(metric: str) -> bool:

@@ -2,9 +2,10 @@
 
 Equal betas are not equal regularization: forward KL at the same beta leaves more entropy and less reward than reverse,
 and a charge per response weighs otherwise than one per token. So each arm is run at several betas; within a seed its
-points (KL, metric) are joined by straight lines, and the arms are compared where both have the same KL.
+points (KL, metric) are joined by straight lines. Arms are compared by the mean of these lines over an interval of KL:
+at a single KL the chord between two noisy points is biased, and its error is that of two runs alone.
 
-Nothing is extrapolated: a seed whose points do not reach a KL has no value there, and is named.
+Nothing is extrapolated: a seed whose points do not enclose the interval has no value, and is named.
 """
 
 from __future__ import annotations
@@ -40,9 +41,21 @@ def _sorted(points: Iterable[Point]) -> tuple[np.ndarray, np.ndarray]:
     return xs, np.bincount(inverse, weights=known[:, 1], minlength=len(xs)) / np.maximum(counts, 1)
 
 
-def matched(left: Paths, right: Paths, kl: float) -> Paired:
-    """Left minus right at this KL, paired by seed; seeds where one of them does not reach it are `unpaired`."""
-    return paired(*({seed: at_kl(points, kl) for seed, points in paths.items()} for paths in (left, right)))
+def over_kl(points: Iterable[Point], low: float, high: float) -> float:
+    """The mean, from KL `low` to `high`, of the lines between neighbouring points; NaN if they do not enclose it."""
+    xs, ys = _sorted(points)
+    if not len(xs) or xs[0] > low or xs[-1] < high:
+        return math.nan
+    grid = np.concatenate([[low], xs[(low < xs) & (xs < high)], [high]])
+    return float(np.trapezoid(np.interp(grid, xs, ys), grid) / (high - low))
+
+
+def matched(left: Paths, right: Paths, between: tuple[float, float]) -> Paired:
+    """Left minus right, the mean over an interval of KL, by seed; seeds that do not enclose it are `unpaired`.
+
+    The paired jackknife over seeds of this mean is the paired t: leaving a seed out takes its difference out.
+    """
+    return paired(*({seed: over_kl(points, *between) for seed, points in paths.items()} for paths in (left, right)))
 
 
 @dataclass(frozen=True, kw_only=True)

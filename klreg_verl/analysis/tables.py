@@ -241,7 +241,7 @@ def claimed(study: Study) -> Table:
 def _claim_line(verdict: claims.Verdict) -> Line:
     claim, decision = verdict.claim, verdict.decision
     cells = (
-        f"{decision.outcome}{'' if verdict.is_registered else ' (exploratory)'}",
+        f"{verdict.outcome}{'' if verdict.is_registered else ' (exploratory)'}",
         *_claim_estimate(verdict),
         f"±{claim.margin:g}",
         f"{verdict.comparison.num}",

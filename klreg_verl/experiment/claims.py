@@ -139,17 +139,23 @@ def _check_reachable(claim: ClaimSpec, arm: str, betas: Sequence[float | None]) 
     if claim.compare == "beta" and known.count(float(claim.at or 0)) != 1:
         many = "more than one run a seed" if claim.at in known else "no run"
         raise FieldError("at", f"the arm {arm} has {many} at beta {claim.at:g} (it is run at {told}).")
-    if claim.compare == "kl" and len(set(known)) < 2:
-        raise FieldError(
-            "compare",
-            f"kl: the arm {arm} is run at {told}; to know it at a given KL it takes two betas or more (grid: kl.beta). "
-            "Arms held at one KL by the matched_kl controller are compared with `compare: end`.",
-        )
     if claim.compare == "kl" and len(set(known)) < len(known):
         raise FieldError(
             "compare",
             f"kl: the arm {arm} has several grid points at one beta ({told}). Only runs that differ in beta alone are "
             "joined to one line: take the other grid keys out, or give them arms of their own.",
+        )
+    if claim.compare == "kl" and claim.at is not None:
+        raise FieldError(
+            "at",
+            f"{claim.at:g}: at one KL straight lines between betas are biased and miss the truth too often. Give the "
+            "interval over which the arms' mean difference is the claim, `between: [0.3, 0.6]`.",
+        )
+    if claim.compare == "kl" and len(set(known)) < CURVE:
+        raise FieldError(
+            "compare",
+            f"kl: the arm {arm} is run at {told}; its curve over an interval of KL takes {CURVE} betas inside it or "
+            "more (grid: kl.beta). Arms held at one KL by the matched_kl controller are compared with `compare: end`.",
         )
 
 
