@@ -23,10 +23,10 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data and tiny model, built once for all tests (or kept between runs of the suite in KLREG_TEST_CACHE)."""
+def cache(request: pytest.FixtureRequest) -> Path:
+    """Data and tiny models, built once and kept beside pytest's own cache (or in KLREG_TEST_CACHE)."""
     kept = os.environ.get("KLREG_TEST_CACHE")
-    return Path(kept) if kept else tmp_path_factory.mktemp("cache")
+    return Path(kept) if kept else request.config.cache.mkdir("klreg")
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def main(folder: str, manager: str, rows: str) -> None:
     ray.init()
     worker = ray.remote(RewardLoopWorker).remote(config(folder, manager))
     data = batch(json.loads(rows), AutoTokenizer.from_pretrained(folder))
-    results = ray.get(worker.compute_score_batch.remote(data), timeout=120)
+    results = ray.get(worker.compute_score_batch.remote(data), timeout=600)
     print(json.dumps([{"reward": one["reward_score"], **one["reward_extra_info"]} for one in results]))
 
 

@@ -24,14 +24,10 @@ def _install(module: ModuleType) -> None:
     class SwitchingTrainer(KLRegTrainer):
         """KLRegTrainer under blocks[step - 1]."""
 
-        in_force = None
-
         def on_step_begin(self) -> None:
-            block = blocks[self.global_steps - 1]
-            if block != self.in_force:  # a controller goes on while its block stays
-                self.in_force = block
-                self.kl = strict.build(KLSpec, strict.from_plain(block, file="KLREG_SWITCH"))
-                self.beta = Beta(self.kl)
+            kl = strict.build(KLSpec, strict.from_plain(blocks[self.global_steps - 1], file="KLREG_SWITCH"))
+            if kl != self.kl:  # a controller goes on while its block stays, also in a run that resumes in it
+                self.kl, self.beta = kl, Beta(kl)
                 self.send_loss()
             super().on_step_begin()
 

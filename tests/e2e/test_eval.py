@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from klreg_verl.experiment import plan, recipe
 from klreg_verl.experiment.store import RunFolder, write_json
 from klreg_verl.verl_hooks import checkpoints
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.full, pytest.mark.timeout(3600)]  # four starts of vLLM
 
 PROMPTS, SAMPLES = 32, 64
 ASKED = ["--samples", str(SAMPLES), "--prompts", str(PROMPTS)]
@@ -73,7 +70,7 @@ def is_worker(one: psutil.Process, lab: Lab) -> bool:
         return False
 
 
-def wait_until_gone(lab: Lab, seconds: float = 30) -> None:
+def wait_until_gone(lab: Lab, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while (left := workers(lab)) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -81,13 +78,6 @@ def wait_until_gone(lab: Lab, seconds: float = 30) -> None:
         one.kill()
     assert not left
 
-
-def evaluate(lab: Lab, *arguments: str | Path) -> tuple[list[dict[str, Any]], str]:
-    """The records and what was said on the way."""
-    command = [sys.executable, "-m", "klreg_verl.cli", "eval", *map(str, arguments), "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=lab.environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout), done.stderr
 
 
 def test_an_evaluation_that_is_killed_goes_on_and_models_take_turns_in_one_engine(
@@ -97,7 +87,7 @@ def test_an_evaluation_that_is_killed_goes_on_and_models_take_turns_in_one_engin
     wait_until_gone(lab)
     mark(kept)
 
-    records, said = evaluate(lab, f"{run.path}@all", *ASKED)
+    records, said = lab.evaluate(f"{run.path}@all", *ASKED)
     started = re.findall(r"starting vLLM for (\d) evaluations: (\d+) samples to draw, (\d+) are there", said)
     assert len(started) == 1  # start and step 2 in turns; step 1 is the start again, and is not sampled at all
     models, drawn, there = map(int, started[0])
@@ -120,7 +110,7 @@ def test_an_evaluation_that_is_killed_goes_on_and_models_take_turns_in_one_engin
     assert len(set(table["seed"].to_pylist())) == PROMPTS * SAMPLES
     assert sorted(path.suffix for path in run.evals_dir.iterdir()) == [".json"] * 3 + [".parquet"] * 3
 
-    again, said = evaluate(lab, f"{run.path}@all", *ASKED)
+    again, said = lab.evaluate(f"{run.path}@all", *ASKED)
     assert (again, "starting vLLM" in said) == (records, False)
     alone(lab, run, two, tmp_path)
     wait_until_gone(lab)
@@ -156,7 +146,7 @@ def alone(lab: Lab, run: RunFolder, record: dict[str, Any], tmp_path: Path) -> N
     exported = tmp_path / "exported"
     lab.klreg("export", run.path, "--step", "2", "--out", exported)
     asked = [*ASKED, "--max-tokens", "12", "--task", record["data"]["path"], "--out", tmp_path / "results"]
-    (found,), _ = evaluate(lab, exported, *asked)
+    (found,), _ = lab.evaluate(exported, *asked)
     assert found["model"]["sha256"] == record["model"]["sha256"]
     ours, theirs = (
         pq.read_table(path) for path in (tmp_path / "results" / found["file"], run.evals_dir / record["file"])

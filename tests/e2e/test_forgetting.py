@@ -10,7 +10,7 @@ from stack import Lab, metrics
 
 from data_prep import skills
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.full, pytest.mark.timeout(3600)]  # a model and a start for one alarm
 
 RECIPE = {
     "question": "Does it forget?",

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stack import ROOT, Lab, finish, metrics, remains, stack_processes
+from stack import (
+    QUICK,
+    ROOT,
+    Lab,
+    build_inputs,
+    finish,
+    kill_9,
+    log,
+    metrics,
+    plain_verl,
+    remains,
+    samples,
+    shared_segments,
+    stack_processes,
+    wait_for,
+    wait_for_step,
+    wait_until_gone,
+)
 
-from klreg_verl.experiment import plan, recipe
 from klreg_verl.experiment.store import RunFolder
-from launch import guardian, inputs
+from launch import guardian
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.full(minutes=6), pytest.mark.timeout(3600)]  # thirteen starts
 
-QUICK = ROOT / "recipes" / "quickstart.yaml"
 ADVANTAGES = ROOT / "recipes" / "rloo_vs_grpo.yaml"
 SMALL = ["train.steps=2", "train.prompts_per_step=8", "train.responses_per_prompt=4", "train.warmup_steps=0"]
 LEAN = ["eval.before=false", "eval.every=0", "save.every=1"]
@@ -69,10 +77,7 @@ def test_four_arms_run_agree_at_step_one_and_leave_a_report_and_nothing_else(lab
     assert not remains(before)
     assert shared_segments() <= segments
 
-    started = time.monotonic()
-    again = lab.klreg(*command)
-    assert "starting" not in again  # nothing is left to do
-    assert time.monotonic() - started < 60
+    assert "starting" not in lab.klreg(*command)  # nothing is left to do
     look_back(lab, folders["none"], lines["none"])
 
 
@@ -131,7 +136,7 @@ def test_a_run_whose_processes_are_killed_one_by_one_resumes_and_repeats_what_wa
         process = lab.start(*command)
         wait_for_step(folder, 3, process, attempt + 1)
         kill_9(victim, before)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=1200)
         assert process.returncode == 1
         assert re.search(reason, output), output
         assert not remains(before)
@@ -151,10 +156,10 @@ def test_a_run_whose_processes_are_killed_one_by_one_resumes_and_repeats_what_wa
 
 
 def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, tmp_path: Path
 ):
     """A user's own project on two FSDP workers, while verl's own main runs with our hooks next to it."""
-    model = build_inputs(lab, monkeypatch)
+    model = build_inputs(QUICK, lab)
     project = users_project(tmp_path / "project", lab, model)
     before, segments = stack_processes(), shared_segments()
     own = lab.start("run", "vowels.yaml", cwd=project)
@@ -162,7 +167,7 @@ def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(
     script = lab.klreg("plan", QUICK, *SMALL, *LEAN, *alarmed, "--as-verl", "forward")
     plain = plain_verl(script, tmp_path / "plain", lab)
 
-    finish(own, timeout=1200)
+    finish(own)
     folder = lab.runs / "vowels" / "forward" / "vowels" / "beta=0.1" / "seed3"
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2]
@@ -175,7 +180,7 @@ def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(
     actor = folder / "checkpoints" / "global_step_2" / "actor"
     assert len(list(actor.glob("model*_rank_1.pt"))) == 1  # the model really was sharded over two workers
 
-    assert plain.wait(timeout=1200) != 0
+    assert plain.wait(timeout=2400) != 0
     output = (tmp_path / "plain" / "log").read_text()
     assert "AlarmRaised: alarms.stop is true, and an alarm was raised. kl_above" in output
     assert "step:1 " in output and "step:2 " not in output
@@ -210,68 +215,3 @@ def perturbed(model: Path, folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     noisy = {name: w * (1 + 0.05 * torch.randn(w.shape, generator=generator)) for name, w in weights.items()}
     save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def build_inputs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The quick study's data and model, which a plain verl command finds but does not build; the model's folder."""
-    specs = plan.expand(recipe.load(QUICK))
-    monkeypatch.setenv("KLREG_CACHE", str(lab.cache))
-    return inputs.prepare(specs[0], lab.runs, print).model
-
-
-def plain_verl(script: str, folder: Path, lab: Lab) -> subprocess.Popen[bytes]:
-    """The stock command that `klreg plan --as-verl` prints, in a shell, on a Ray of its own."""
-    folder.mkdir()
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = lab.environment | {"PATH": path, "RAY_AUTH_MODE": "disabled"}
-    with open(folder / "log", "w") as output:  # a pipe that nobody reads fills up and stops verl
-        return subprocess.Popen(["bash", "-euc", script], cwd=folder, env=environment, stdout=output, stderr=output)
-
-
-def shared_segments() -> set[str]:
-    return {str(path) for path in Path("/dev/shm").iterdir()}
-
-
-def samples(folder: Path, step: int) -> pd.DataFrame:
-    return pd.read_parquet(folder / "samples" / f"step_{step:06d}.parquet").sort_values(["group", "sample"])
-
-
-def log(folder: Path) -> str:
-    return (folder / "latest" / "log").read_text()
-
-
-def kill_9(what: str, before: Mapping[int, str]) -> None:
-    os.kill(next(pid for pid, text in stack_processes().items() if pid not in before and what in text), signal.SIGKILL)
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], attempt: int) -> None:
-    """Until the attempt has written the step; one that resumes first takes back what an earlier one had written."""
-    if attempt > 1:
-        wait_for(lambda: (folder / "attempts" / str(attempt) / "discarded.jsonl").exists(), process)
-        wait_for(lambda: last_step(folder) < step, process)
-    wait_for(lambda: last_step(folder) >= step, process)
-
-
-def last_step(folder: Path) -> int:
-    lines = metrics(folder) if (folder / "metrics.jsonl").exists() else []
-    return lines[-1]["step"] if lines else 0
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 600) -> None:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and process.poll() is None:
-        if condition():
-            return
-        time.sleep(0.1)
-    process.kill()
-    pytest.fail(f"not reached:\n{process.communicate()[0][-4000:]}")
-
-
-def wait_until_gone(before: dict[int, str], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while remains(before) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    left = remains(before)
-    for pid in set(stack_processes()) - set(before):
-        psutil.Process(pid).kill()
-    assert not left

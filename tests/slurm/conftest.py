@@ -85,11 +85,11 @@ def install() -> None:
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Together they take half an hour on two cores: CI runs those marked for it, the others run when asked for."""
+    """Together they take half an hour on two cores, so they run when asked for."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.slow)
-            if not (os.environ.get("KLREG_SLURM") or os.environ.get("CI") and item.get_closest_marker("in_ci")):
+            item.add_marker(pytest.mark.full)
+            if not os.environ.get("KLREG_SLURM"):
                 item.add_marker(pytest.mark.skip(reason="a private Slurm takes half an hour: `make slurm` starts one"))
 
 

@@ -65,7 +65,6 @@ def wait_for_step(lab: Lab, step: int, arm: str = "none") -> None:
     lab.until(lambda: (metrics(folder(lab, arm)) or [{"step": 0}])[-1]["step"] >= step, f"step {step}", 240)
 
 
-@pytest.mark.in_ci
 def test_an_array_of_two_node_runs_is_done_once_with_one_report_and_nothing_left(lab: Lab):
     job = submit(lab)
     assert_ends(lab, job, "COMPLETED")
@@ -151,10 +150,9 @@ ONE_AFTER_THE_OTHER = {
     "killed processes": (kill_the_driver, kill_the_runner, kill_rays_head, kill_the_other_nodes_ray),
     "lost nodes": (kill_slurmd_of_the_other_node, kill_slurmd_of_the_first_node),
 }
-IN_CI = [pytest.param(kind, marks=pytest.mark.in_ci) for kind in ("as Slurm does it", "killed processes")]
 
 
-@pytest.mark.parametrize("kind", [*IN_CI, "lost nodes"])
+@pytest.mark.parametrize("kind", ["as Slurm does it", "killed processes", "lost nodes"])
 def test_an_interrupted_run_goes_on_where_it_was_and_no_step_is_lost_or_doubled(lab: Lab, kind: str):
     seconds = "2.5" if kind == "lost nodes" else "0.6"  # Slurm notices after 15 s or more
     job = submit(lab, *LONG, profile=f"partition: spot\nenvironment: {{STANDIN_SECONDS: '{seconds}'}}")
@@ -263,7 +261,6 @@ def test_a_cancelled_job_ends_does_not_come_back_and_is_submitted_again(lab: Lab
     assert_whole(lab, steps=40)
 
 
-@pytest.mark.in_ci
 def test_what_cannot_work_is_said_in_words_before_anything_is_submitted(lab: Lab):
     plain = (lab.shared / "lab.yaml").read_text()
     row = len(plain.splitlines()) + 1
@@ -291,7 +288,6 @@ def test_what_cannot_work_is_said_in_words_before_anything_is_submitted(lab: Lab
     assert not list((lab.shared / "runs").glob("study/slurm/*"))
 
 
-@pytest.mark.in_ci
 def test_runs_that_cannot_be_written_are_refused_before_anything_is_submitted(lab: Lab):
     (lab.shared / "file").write_text("no folder")
     output = lab.klreg(

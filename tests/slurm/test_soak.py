@@ -44,7 +44,6 @@ def attempts(lab: Lab) -> int:
     return len(list((folder(lab) / "attempts").iterdir()))
 
 
-@pytest.mark.in_ci
 def test_random_kills_lose_no_step_and_double_none(lab: Lab):
     draws = random.Random(SEED)
     victims = draws.choices(VICTIMS, k=KILLS)
