@@ -5,13 +5,13 @@ with dollar signs around it (OlympiadBench), LaTeX, nulls and empty strings. ver
 column is text in one and a number in another, so all of them become text:
 
     142.0 -> 142        0.25 -> 0.25        "$2$" -> 2        "\\boxed{2}" -> 2        None, "", nan, [] -> no answer
-    ["9.6\n"] -> 9.6    ["a", "b"] -> ["a", "b"], JSON: any of them is right
+    ["9.6\n"] -> 9.6    ["a", "b"], or that as JSON -> ["a", "b"], JSON: any of them is right
 """
 
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -30,25 +30,28 @@ def golden_text(value: Any) -> str:
     answers = list(dict.fromkeys(text for text in map(_one, _flat(value)) if text))
     if not answers:
         return ""
-    is_plain = len(answers) == 1 and alternatives(answers[0]) == answers
-    return answers[0] if is_plain else json.dumps(answers, ensure_ascii=False)
+    return answers[0] if len(answers) == 1 else json.dumps(answers, ensure_ascii=False)
 
 
 def alternatives(ground_truth: Any) -> list[str]:
-    """The right answers of a row: the texts of a JSON list of strings, or the one that is given, of any type; none for
-    None."""
+    """The right answers of a row: the texts of a JSON list of strings, also of one in another, or the one that is
+    given, of any type; none for None and for a mapping, whose keys are no answers."""
     if ground_truth is None:
         return []
     if isinstance(ground_truth, str):
-        return _listed(ground_truth) or [ground_truth]
+        listed = _listed(ground_truth)
+        return alternatives(listed) if listed else [ground_truth]
+    if isinstance(ground_truth, Mapping):
+        return []
     if isinstance(ground_truth, Iterable) and not isinstance(ground_truth, bytes):
-        return [str(entry) for entry in ground_truth]
+        return [text for entry in ground_truth for text in alternatives(entry)]
     return [str(ground_truth)]
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for item in value:
+    several = (_listed(value) or value) if isinstance(value, str) else value
+    if isinstance(several, list | tuple):
+        for item in several:
             yield from _flat(item)
     else:
         yield value

@@ -104,12 +104,12 @@ def _grade(data_source: Any, response: str, ground_truth: Any, extra_info: Any, 
     options = _options(kwargs)
     grader, own_format = grader_of(graded_as(extra_info) or data_source)
     truncated = is_truncated(response, thinks=options.thinks)
-    if truncated and options.thinks:
+    if truncated:
         return Grade(truncated=1.0)
     form = options.answer_format or _format_of_row(extra_info) or own_format
     answer = extract(final_text(response), form)
     grade = Grade() if answer is None else grader(answer, ground_truth, options)
-    return replace(grade, truncated=float(truncated))
+    return grade
 
 
 def _options(kwargs: Mapping[str, Any]) -> RewardOptions:

@@ -60,10 +60,19 @@ def test_a_type_that_no_answer_has_is_refused(given):
         golden_text(given)
 
 
-@pytest.mark.parametrize("answers", [["a"], ["a", "b"], ['["a"]'], ['["a", "b"]', "c"], ["[1]"]])
+@pytest.mark.parametrize("answers", [["a"], ["a", "b"], ["[1]"], ["[1, 2]", "c"]])
 def test_alternatives_read_back_what_was_written(answers):
-    # one answer that looks like a JSON list of strings is itself written as a list of one
     assert alternatives(golden_text(answers)) == answers
+
+
+@pytest.mark.parametrize("given", ['["a", "b"]', ['["a", "b"]'], [['["a"]', "b"]], '["[\\"a\\", \\"b\\"]"]'])
+def test_a_text_that_is_a_json_list_is_that_list_and_is_not_quoted_again(given):
+    assert golden_text(given) == '["a", "b"]'
+    assert alternatives(given) == ["a", "b"]
+
+
+def test_the_keys_of_a_mapping_are_no_answers():
+    assert alternatives({"5": 1}) == [] and alternatives([{"5": 1}, "6"]) == ["6"]
 
 
 def test_a_json_list_of_other_things_is_one_answer():

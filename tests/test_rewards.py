@@ -260,11 +260,11 @@ def test_a_verdict_is_remembered_and_the_lack_of_one_is_not(monkeypatch):
     class Fails:
         def prepare(self) -> None: ...
 
-        def is_right(self, golds, answer):
-            asked.append(answer)
+        def verdicts(self, pairs):
+            asked.append(pairs)
             if len(asked) == 1:
                 raise Ungraded("the first time")
-            return True
+            return [True]
 
     monkeypatch.setattr(mathematics, "POOL", Fails())
     mathematics._verified.cache_clear()

@@ -6,7 +6,7 @@ import random
 import pytest
 from real_data import agentica
 
-from data_prep.grading.equality import tidy
+from data_prep.grading.notation import tidy
 from data_prep.grading.values import differ, value
 
 

@@ -7,6 +7,7 @@ call that hangs holds up no other. After os.fork the child process forgets its p
 import atexit
 import json
 import logging
+import math
 import os
 import select
 import socket
@@ -15,9 +16,10 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from data_prep.grading import worker
 
@@ -33,6 +35,10 @@ FORK_SECONDS = 5.0
 """For a fork, once the program has loaded everything; until then it may be busy with that for START_SECONDS."""
 LEAST_SECONDS = 0.2
 """What a call gets at least when its first child died and another one takes over."""
+WAIT_SECONDS = 30.0
+"""What a call waits for a child at most, first come, first served."""
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Before a program that did not start is tried again; each failure in a row doubles it."""
 
 
 class Ungraded(Exception):
@@ -44,7 +50,11 @@ class _Gone(Exception):
 
 
 class _Failed(Exception):
-    """The program cannot start, and will not start the next time either."""
+    """The program did not start: it was killed, or took too long. It may start the next time."""
+
+
+class _Missing(_Failed):
+    """The program reported that what it imports is not there, so it will never start."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,8 @@ class _Program:
         except OSError as error:
             reply = {"failed": f"{type(error).__name__}: {error}"}
         if "failed" in reply:
-            raise _Failed(f"the program that runs math-verify does not start ({reply['failed']})")
+            kind = _Missing if reply.get("missing") else _Failed
+            raise kind(f"the program that runs math-verify does not start ({reply['failed']})")
         self._is_ready = True
 
     def fork(self) -> _Child:
@@ -144,37 +155,100 @@ class _Program:
         self._control.close()
 
 
+class _Line:
+    """A number of places, given in the order in which they were asked for."""
+
+    def __init__(self, places: int) -> None:
+        self._lock = threading.Lock()
+        self._free = places
+        self._waiting: deque[threading.Event] = deque()
+
+    def enter(self, seconds: float) -> bool:
+        """Takes a place; False if none came free in time."""
+        mine = threading.Event()
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return True
+            self._waiting.append(mine)
+        try:
+            came = mine.wait(seconds)
+        except BaseException:
+            self._give_up(mine)
+            raise
+        return came or not self._give_up(mine, keep=True)
+
+    def _give_up(self, mine: threading.Event, *, keep: bool = False) -> bool:
+        """Leaves the line; False where the place had just come, which is then kept or passed on."""
+        with self._lock:
+            if mine in self._waiting:
+                self._waiting.remove(mine)
+                return True
+        if not keep:
+            self.leave()
+        return False
+
+    def leave(self) -> None:
+        """Hands the place to whoever has waited longest."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._free += 1
+
+    @property
+    def waiting(self) -> int:
+        """How many are in line."""
+        return len(self._waiting)
+
+
 class Pool:
     """Graders of this process. One is enough; tests make their own with other limits."""
 
-    def __init__(self, *, limit_seconds: float = LIMIT_SECONDS, max_workers: int = MAX_WORKERS) -> None:
+    def __init__(
+        self,
+        *,
+        limit_seconds: float = LIMIT_SECONDS,
+        max_workers: int = MAX_WORKERS,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> None:
         self.limit_seconds = limit_seconds
         self.max_workers = max_workers
+        self.wait_seconds = wait_seconds
         self._reset()
         _POOLS.add(self)
 
     def _reset(self) -> None:
         self._lock = threading.RLock()
-        self._slots = threading.BoundedSemaphore(self.max_workers)
+        self.line = _Line(self.max_workers)
         self._idle: list[_Child] = []
         self._busy: set[_Child] = set()
         self._program: _Program | None = None
         self._broken = ""
+        self._pause, self._tried_again_at = 0.0, 0.0
 
     def is_right(self, golds: Sequence[str], answer: str) -> bool:
-        """math-verify's verdict on whether an expression in LaTeX equals one of `golds`.
+        """math-verify's verdict on whether an expression in LaTeX equals one of `golds`. Raises Ungraded."""
+        return any(self.verdicts([(gold, answer) for gold in golds]))
+
+    def verdicts(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """math-verify's verdict on each pair of a right answer and an answer, expressions in LaTeX.
 
         Raises:
-            Ungraded: no verdict within `limit_seconds`, or the worker died (killed, out of memory) and so did the
-                one that took over.
+            Ungraded: no verdicts within `limit_seconds` for all of them, no free child within
+                `wait_seconds`, or the worker died (killed, out of memory) and so did the one that took over.
         """
-        request = json.dumps({"golds": list(golds), "answer": answer}).encode()
+        request = json.dumps({"pairs": list(pairs)}).encode()
         if len(request) > worker.MAX_MESSAGE:
             raise Ungraded(f"the expressions are longer than {worker.MAX_MESSAGE} bytes")
-        with self._slots:
+        if not self.line.enter(self.wait_seconds):
+            raise Ungraded(f"no worker was free for {self.wait_seconds:g} s")
+        try:
             return self._ask(request, retries=1, left=self.limit_seconds)
+        finally:
+            self.line.leave()
 
-    def _ask(self, request: bytes, *, retries: int, left: float) -> bool:
+    def _ask(self, request: bytes, *, retries: int, left: float) -> list[bool]:
         child = self._take()
         begun = time.monotonic()
         try:
@@ -196,7 +270,7 @@ class Pool:
         self._return(child)
         if "error" in reply:
             raise Ungraded(reply["error"])
-        return bool(reply["equal"])
+        return [bool(equal) for equal in reply["equal"]]
 
     def _take(self) -> _Child:
         with self._lock:
@@ -220,22 +294,38 @@ class Pool:
 
     def _fork(self) -> _Child:
         """A child of the program; of a new program if the one we had is dead."""
-        if self._broken:
+        if self._broken and time.monotonic() < self._tried_again_at:
             raise Ungraded(self._broken)
         why = ""
         for _ in range(2):
             self._program = self._program or _Program()
             try:
-                return self._program.fork()
+                child = self._program.fork()
             except (_Gone, TimeoutError) as error:
-                why = "does not answer" if isinstance(error, TimeoutError) else "ends as soon as it is started"
-                self._end_program()
+                silent = isinstance(error, TimeoutError)
+                why = f"the program that runs math-verify {'does not answer' if silent else 'ends as soon as it is started'}"
+            except _Missing as error:
+                self._give_up(str(error))
             except _Failed as error:
-                self._broken = str(error)
-                self._end_program()
-                logger.error("No answer can be verified: %s. Install math-verify (make setup).", error)
-                raise Ungraded(self._broken) from None
-        raise Ungraded(f"the program that runs math-verify {why}")
+                why = str(error)
+            else:
+                self._broken, self._pause = "", 0.0
+                return child
+            self._end_program()
+        self._try_later(why)
+
+    def _give_up(self, why: str) -> NoReturn:
+        self._end_program()
+        self._broken, self._tried_again_at = why, math.inf
+        logger.error("No answer can be verified: %s. Install math-verify (make setup).", why)
+        raise Ungraded(why)
+
+    def _try_later(self, why: str) -> NoReturn:
+        """Leaves the program alone for a while: a machine that is short of memory or busy is not helped by starts."""
+        self._pause = min(max(2 * self._pause, FIRST_PAUSE), LONGEST_PAUSE)
+        self._broken, self._tried_again_at = why, time.monotonic() + self._pause
+        logger.warning("No answer can be verified for %g s: %s. Then it is started again.", self._pause, why)
+        raise Ungraded(why)
 
     def prepare(self) -> None:
         """Starts the program, without waiting for it, so that it is there when the first answer needs it."""

@@ -5,9 +5,9 @@ import takes most of a second; so a child that hangs is killed and replaced at o
 program ends when the owner's end of its socket closes, and the kernel kills the children when the program ends.
 
     owner -> program    {"task": "fork"} with a socket, {"task": "bury", "pid": ...}
-    program -> owner    {"ready": pid} or {"failed": reason} at the start, then {"pid": ..., "warm": ...} for each fork
-    owner -> child      {"golds": [...], "answer": ...}
-    child -> owner      {"equal": true or false} or {"error": reason}
+    program -> owner    {"ready": pid} or {"failed": reason, "missing": whether it lacks a module} at the start, then {"pid": ..., "warm": ...} for each fork
+    owner -> child      {"pairs": [[right answer, answer], ...]}
+    child -> owner      {"equal": [true or false, ...]} or {"error": reason}
 
 math-verify takes every exception for a difference. So that none becomes a silent "wrong", a child that came near its
 limit of memory, or that refused to evaluate text, gives no verdict.
@@ -37,6 +37,8 @@ REFUSED_EXIT = 77
 RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 2e-6
 """math-verify rounds to six decimals: what is further apart is never equal to it."""
+EXACT_DIGITS = 60
+"""To which exact numbers are compared."""
 EXERCISES = (
     (r"\frac{1}{2}", "x+1"),
     ("x^2+2x+1", "(x+1)^2"),
@@ -63,7 +65,7 @@ def main() -> None:
     try:
         _prepare()
     except BaseException as error:
-        _send(control, {"failed": f"{type(error).__name__}: {error}"})
+        _send(control, {"failed": f"{type(error).__name__}: {error}", "missing": isinstance(error, ImportError)})
         return
     _send(control, {"ready": os.getpid()})
     _supervise(control)
@@ -230,10 +232,10 @@ def _serve(link: socket.socket) -> None:
         request = json.loads(message)
         _refused.clear()
         try:
-            reply: dict[str, Any] = {"equal": any(is_equal(gold, request["answer"]) for gold in request["golds"])}
+            reply: dict[str, Any] = {"equal": [is_equal(*pair) for pair in request["pairs"]]}
         except BaseException as error:
             reply = {"error": f"math-verify raised {type(error).__name__}"}
-        short = not reply.get("equal") and nearly_ran_out()
+        short = not all(reply.get("equal", [False])) and nearly_ran_out()
         reply = {"error": "out of memory"} if short else {"error": "it would evaluate text"} if _refused else reply
         _send(link, reply)
         if short:
@@ -248,25 +250,80 @@ def is_equal(gold: str, answer: str) -> bool:
     """Whether two expressions in LaTeX are equal, by math-verify without its own timeouts (they need signals).
 
     Most expressions that differ do so at one point, which is soon seen and spares math-verify's simplification. And
-    math-verify takes all numbers below 1e-15 as equal; here equal numbers must also agree to 1e-4 of themselves.
+    math-verify takes all numbers below 1e-15 as equal, and all that agree to six decimals; here exact expressions must
+    agree exactly, and decimals to 1e-4 of themselves.
     """
     from math_verify import verify
 
     golds, answers = parsed(gold), parsed(answer)
     if not golds or not answers:
         return False
-    values = [_value(side) for side in _sides(golds[0], answers[0])]
+    sides = _sides(golds[0], answers[0])
+    values = [_value(side) for side in sides]
     if None not in values and abs(values[0] - values[1]) > ABSOLUTE_TOLERANCE + 1e-9 * abs(values[0]):
         return False
+    if None not in values and not _has_decimal(*sides):
+        if (same := _exactly_equal(*sides)) is not None:
+            return same
     same = bool(verify(golds, answers, timeout_seconds=None))
+    if not same and None not in values and _has_decimal(*sides) and not any(side.is_Float for side in sides):
+        exact = [_without_decimals(side) for side in sides]
+        same = _exactly_equal(*exact) or bool(verify(exact[:1], exact[1:], timeout_seconds=None))
     return same and not (None not in values and golds[0].is_number and _are_far(*values))
 
 
 def parsed(text: str) -> list[Any]:
-    """math-verify's reading of one expression: the expression, if it can be read as one, and its normalized text."""
+    """math-verify's reading of one expression: the expression, if it can be read as one, and its normalized text.
+
+    Without its removal of units, which takes letters and words like "gain" away; i is the imaginary unit.
+    """
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    return parse(rf"\boxed{{{text}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+    as_it_is = NormalizationConfig(malformed_operators=True, nits=True, boxed="all")
+    config = LatexExtractionConfig(boxed_match_priority=0, normalization_config=as_it_is)
+    found = parse(rf"\boxed{{{text}}}", [config], parsing_timeout=None)
+    return [_with_imaginary_unit(one) for one in found]
+
+
+def _with_imaginary_unit(expression: Any) -> Any:
+    from sympy import Expr, I, Integral, Product, Sum, Symbol
+
+    if not isinstance(expression, Expr) or expression.has(Integral, Product, Sum) or isinstance(expression, Symbol):
+        return expression
+    return expression.subs(Symbol("i"), I) if Symbol("i") in expression.free_symbols else expression
+
+
+def _without_decimals(side: Any) -> Any:
+    """12^{0.5} as 12^{1/2}."""
+    from sympy import Float, Rational
+
+    return side.xreplace({one: Rational(str(one)) for one in side.atoms(Float)})
+
+
+def _has_decimal(*sides: Any) -> bool:
+    from sympy import Float
+
+    return any(side.has(Float) for side in sides)
+
+
+def _exactly_equal(one: Any, other: Any) -> bool | None:
+    """Whether two exact expressions agree at their point: rational numbers as such, others to EXACT_DIGITS; None where
+    that cannot be seen, and for equal expressions with symbols, which one point does not prove."""
+    left, right = (side.subs({symbol: _coordinate(symbol.name) for symbol in side.free_symbols}) for side in (one, other))
+    try:
+        left, right = left.doit(), right.doit()
+        if left.is_Rational and right.is_Rational:
+            same = bool(left == right)
+        else:
+            values = [side.evalf(EXACT_DIGITS) for side in (left, right)]
+            same = abs(values[0] - values[1]) <= abs(values[0]) / 10 ** (EXACT_DIGITS - 10)
+            same = bool(same)
+    except MemoryError:
+        raise
+    except Exception:  # of any kind: then it has no value that decides
+        return None
+    return None if same and (one.free_symbols or not left.is_Rational) else same
 
 
 def _sides(gold: Any, answer: Any) -> tuple[Any, Any]:
