@@ -22,7 +22,7 @@ Options come by keyword, in verl as reward.custom_reward_function.reward_kwargs:
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from typing import Any, get_args
 

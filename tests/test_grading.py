@@ -20,9 +20,9 @@ from real_data import agentica
 
 from data_prep.grading import worker
 from data_prep.grading.bombs import refusal
+from data_prep.grading.mathematics import POOL, _verified
 from data_prep.grading.notation import tidy
 from data_prep.grading.rationals import number
-from data_prep.grading.mathematics import POOL, _verified
 from data_prep.rewards import compute_score
 
 math_verify = pytest.importorskip("math_verify", reason="math-verify is not installed (make setup)")

@@ -10,7 +10,7 @@ What can be argued either way is decided so, here and everywhere:
     5\%                  5, 0.05           right: a percentage is its number and its hundredth
     33.3, 37.699         100/3, 12\pi      wrong: a decimal has to agree to six decimals
     12\pi \approx 37.70  12\pi, 37.70      right for both; 6 \approx 5 is neither
-    0.333\ldots          1/3               wrong: dots do not say what repeats; 0.\overline{3}, 0.\dot{3}, 0.(3) are right
+    0.333\ldots          1/3               wrong: dots do not say what repeats; 0.\overline{3} and 0.(3) are right
     7.4 million          7400000           right; 5k is not read
     7.425.000, 3,14      7425000, 3.14     wrong: the point is decimal, the comma separates thousands or items
     five, V, 0xA         5, 10             wrong: numerals are digits
@@ -67,7 +67,7 @@ Algebra = Callable[[str, str], bool | None]
 
 _SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")
 _WRAPPED = re.compile(r"\\text\{([^{}]*)\}|\{([^{}]*)\}|\(([A-Za-z])\)")
-_IN_BASE = re.compile(r"([0-9A-F][0-9A-Za-z]*)_(?:\{?\(?([0-9]{1,2})\)?\}?|\{?\\text\{([a-z]+)\}\}?)")
+_IN_BASE = re.compile(r"\(?([0-9A-F][0-9A-Za-z]*)\)?_(?:\{?\(?([0-9]{1,2})\)?\}?|\{?\\text\{([a-z]+)\}\}?)")
 _DIGITS = re.compile(r"[0-9][0-9A-Fa-f]*|[0-9A-F]+")
 _BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
 _CODE = re.compile(r"[A-Za-z][A-Za-z0-9]+")
@@ -228,7 +228,9 @@ def _same_several(gold: Many, answer: Many, algebra: Algebra) -> bool | None:
     if any(named):
         return _same_named(gold, answer, named, algebra)
     kinds = {gold.brackets, answer.brackets}
-    if kinds <= {"", "{}"} and not _is_sequence(gold):
+    if kinds <= {"", "{}"}:
+        if _is_sequence(gold):
+            return _same_tuple(gold.items, answer.items, algebra)
         return _same_set(gold.items, answer.items, algebra)
     if len(kinds) > 1 and ("{}" in kinds or (kinds == {"()", "[]"} and len(gold.items) == 2)):
         return False
@@ -250,8 +252,10 @@ def _same_named(gold: Many, answer: Many, named: list[dict[str, Shape]], algebra
     names = {re.sub(r"_.*", "", name) for name in (*named[0], *named[1])}
     if len(names) == 1:
         brackets = {gold.brackets, answer.brackets}
-        return _same_set(one.items, other.items, algebra) if brackets <= {"", "{}"} else _same_tuple(
-            one.items, other.items, algebra
+        return (
+            _same_set(one.items, other.items, algebra)
+            if brackets <= {"", "{}"}
+            else _same_tuple(one.items, other.items, algebra)
         )
     return False if "{}" in (one.brackets, other.brackets) else _same_tuple(one.items, other.items, algebra)
 
@@ -259,7 +263,7 @@ def _same_named(gold: Many, answer: Many, named: list[dict[str, Shape]], algebra
 def _is_sequence(gold: Many) -> bool:
     """A list with dots or with an entry twice has an order."""
     texts = [item.text if isinstance(item, Value) else repr(item) for item in gold.items]
-    return gold.brackets == "" and (len(set(texts)) < len(texts) or any(_DOTS.search(text) for text in texts))
+    return (gold.brackets == "" and len(set(texts)) < len(texts)) or any(_DOTS.search(text) for text in texts)
 
 
 def _same_tuple(gold: Sequence[Shape], answer: Sequence[Shape], algebra: Algebra) -> bool | None:
@@ -298,20 +302,27 @@ def _same_value(gold: Value, answer: Value, algebra: Algebra) -> bool | None:
         right = number(answer.loose)
     if not units.agree(gold.unit, answer.unit):
         return False
-    if one == other:
+    wordy = is_wordy(gold.text) or is_wordy(answer.text)
+    if one == other or (wordy and _as_words(one) == _as_words(other)):
         return True
     if left and right:
         return equal_numbers(left, right)
-    if _are_texts(one, other) or is_wordy(gold.text) or is_wordy(answer.text):
+    if _are_texts(one, other) or wordy:
         return False
     if _SET.fullmatch(one) or _SET.fullmatch(other) or differ(gold.text, answer.text):
         return False
     return algebra(gold.text, answer.text)
 
 
+def _as_words(text: str) -> str:
+    """The text without its \\text{} and white space, in lower case."""
+    return re.sub(r"\s", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text)).casefold()
+
+
 def _are_texts(one: str, other: str) -> bool:
     """Strings of letters without an operator are no products: listen is not silent."""
-    return bool(_CODE.fullmatch(one) and _CODE.fullmatch(other))
+    both = one + " " + other
+    return bool(_CODE.fullmatch(one) and _CODE.fullmatch(other)) or bool(re.fullmatch("[a-zA-Z] [a-zA-Z]", both))
 
 
 def _same_digits(gold: str, answer: str) -> bool | None:

@@ -19,14 +19,21 @@ _SYMBOLS = frozenset("iedx")
 CONJUNCTION = re.compile(r",?\s*(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|[,;]")
 
 _VULGAR = "\u00bc\u00bd\u00be" + "".join(map(chr, range(0x2150, 0x215F)))
-_RAISED = dict(zip("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f", "0123456789+-n"))
-_LOWERED = dict(zip("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", "0123456789"))
+_RAISED = str.maketrans(
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f", "0123456789+-n"
+)
+_LOWERED = str.maketrans("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", "0123456789")
+_RUNS = [
+    (re.compile(f"[{''.join(map(chr, table))}]+"), table, sign) for table, sign in ((_RAISED, "^"), (_LOWERED, "_"))
+]
+_SETS = zip("\u211d\u2124\u2115\u211a\u2102", "RZNQC", strict=True)
 _COMMANDS = {
     "\u00d7": "times", "\u00b7": "cdot", "\u22c5": "cdot", "\u2219": "cdot", "\u2022": "cdot", "\u03c0": "pi",
     "\u221e": "infty", "\u2264": "le", "\u2a7d": "le", "\u2265": "ge", "\u2a7e": "ge", "\u2260": "ne", "\u222a": "cup",
     "\u2229": "cap", "\u2208": "in", "\u2209": "notin", "\u2205": "emptyset", "\u00b1": "pm", "\u2213": "mp",
     "\u2248": "approx", "\u2261": "equiv", "\u2220": "angle", "\u25b3": "triangle", "\u27e8": "langle",
-    "\u27e9": "rangle", "\u2329": "langle", "\u232a": "rangle", "\u2026": "ldots", "\u22ef": "ldots", "\u2200": "forall",
+    "\u27e9": "rangle", "\u2329": "langle", "\u232a": "rangle", "\u2026": "ldots", "\u22ef": "ldots",
+    "\u2200": "forall",
     "\u00b5": "mu", "\u2126": "Omega", "\u230a": "lfloor", "\u230b": "rfloor", "\u2308": "lceil", "\u2309": "rceil",
     "\u2192": "to", "\u21d2": "implies", "\u2223": "|",
 }  # fmt: skip
@@ -37,7 +44,7 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("\u00a0\u2002\u2003\u2007\u2009\u200a\u202f\u3000", " "),
         **dict.fromkeys("\u200b\u2060\ufeff\u200e\u200f", None),
         **{sign: f"\\{name} " for sign, name in _COMMANDS.items()},
-        **{sign: rf"\mathbb{{{letter}}}" for sign, letter in zip("\u211d\u2124\u2115\u211a\u2102", "RZNQC", strict=True)},
+        **{sign: rf"\mathbb{{{letter}}}" for sign, letter in _SETS},
         **{chr(code): f"\\{unicodedata.name(chr(code)).split()[-1].lower()} " for code in range(0x3B1, 0x3CA)},
         **{letter: f"\\{unicodedata.name(letter).split()[-1].capitalize()} " for letter in "ΓΔΘΛΞΠΣΦΨΩ"},
         "\u00f7": "/",
@@ -68,9 +75,7 @@ _NESTED = r"((?:[^{}]|\{[^{}]*\})*)"
 _TEXT = r"\\text\{" + _NESTED + r"\}"
 _LENGTH = r"\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in|mu)\s*"
 _END = "(?![a-zA-Z])"
-_ROOT = re.compile(
-    r"([\u221a\u221b\u221c])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\\?[a-zA-Z]+(?:_\w)?))"
-)
+_ROOT = re.compile(r"([\u221a\u221b\u221c])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\\?[a-zA-Z]+(?:_\w)?))")
 _DEGREES_OF_ROOTS = {"\u221a": "", "\u221b": "[3]", "\u221c": "[4]"}
 _LAYOUT = _patterns(
     (r"(?<!\\)\\\s*\n|[\n\t\r]", " "),
@@ -84,13 +89,15 @@ _LAYOUT = _patterns(
     (rf"\\[hm](?:space\*?\{{{_LENGTH}\}}|skip{_LENGTH})", " "),
     (r"\\[hv]?phantom\{[^{}]*\}", ""),
     (r"\\(?:text)?color\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}|\\colorbox\s*\{[^{}]*\}", ""),
+    (r"\\(?:boldsymbol|bm|pmb|math(?:bf|it|sf|tt|normal))\s*\{\s*([a-zA-Z]{2,})\s*\}", r"\\text{\1}"),
     (r"\\(?:boldsymbol|bm|pmb|underline|math(?:bf|it|sf|tt|normal))(?![a-zA-Z])\s*(?=[\w\\])", ""),
+    (r"(\\(?!text)[a-zA-Z]+)\{\}", r"\1 "),
     (r"\\(?:boldsymbol|bm|pmb|underline|math(?:bf|it|sf|tt|normal))(?![a-zA-Z])\s*" + r"\{" + _NESTED + r"\}", r"{\1}"),
     (r"\\(?:si|unit)(?:\[[^\]]*\])?\{" + _NESTED + r"\}", r"\\text{\1}"),
     (r"\\(?:SI|qty)(?:\[[^\]]*\])?\{" + _NESTED + r"\}\s*\{" + _NESTED + r"\}", r"\1\\text{\2}"),
     (r"\\num\{([^{}]*)\}", r"\1"),
     (r"\{\s*\\rm(?![a-zA-Z])\\?\s*([^{}]*)\}|\\rm(?![a-zA-Z])\s*\{([^{}]*)\}|\\rm\s+([a-zA-Z]+)", r"\\text{\1\2\3}"),
-    (rf"\\(?:text(?:normal|rm|bf|it|up|sf|tt|md)|[mh]box|math(?:rm|up)|emph){_END}\s*", r"\\text"),
+    (rf"\\(?:text(?:normal|rm|bf|it|up|sf|tt|md)|[mh]box|math(?:rm|up)|emph){_END}\s*", r"\\text "),
     (r"\\text(?:\s+([a-zA-Z0-9])|(\d))", r"\\text{\1\2}"),
     (r"\\text\s+\{", r"\\text{"),
 )  # fmt: skip
@@ -104,8 +111,9 @@ _SYNONYMS = _patterns(
     (rf"\\(?:degreeCelsius|celsius){_END}", DEGREE + "C"),
     (rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ{_END})|\\(?:text)?degree{_END}|\^\s*\{{?{DEGREE}\}}?", DEGREE),
     (rf"\\(?:operatorname\*?|text)\s*\{{\s*((?!min|sec|deg)(?:{_NAMES}))\s*\}}", r"\\\1 "),
-    (rf"\\operatorname\*?\s*\{{\s*(min|sec|deg)\s*\}}", r"\\\1 "),
+    (r"\\operatorname\*?\s*\{\s*(min|sec|deg)\s*\}", r"\\\1 "),
     (r"\\operatorname\*?\s*", r"\\text"),
+    (r"(?<![a-zA-Z\\{])([kM])\s*\\Omega(?![a-zA-Z])", r"\\text{\1}\\Omega "),
     (rf"\\arctg{_END}", r"\\arctan "),
     (rf"\\tg{_END}", r"\\tan "),
     (rf"\\ctg{_END}", r"\\cot "),
@@ -134,7 +142,7 @@ _SYNONYMS = _patterns(
     (rf"\\rbrack{_END}", "]"),
     (rf"\\[lr]?vert{_END}", "|"),
     (rf"\\log\s*_\s*(?:\{{\s*e\s*\}}|e|\\text\{{e\}}|\{{\\text\{{e\}}\}}){_END}", r"\\ln "),
-    (r"\{,\}", ","),
+    (r"\{([-+,])\}", r"\1"),
     (r"\\(?:overline|bar|dot)\s*(\d)", r"\\overline{\1}"),
     (r"\\(?:bar|dot)\s*\{\s*(\d+)\s*\}", r"\\overline{\1}"),
     (r"(?<=[.\d])\\overline\{(\d)\}(\d*)\\overline\{(\d)\}", r"\\overline{\1\2\3}"),
@@ -142,7 +150,7 @@ _SYNONYMS = _patterns(
     (r"(?<=\d)\s*(?:\\text\{\s*to\s*\}|\bto\b)\s*(?=\d)", ":"),
 )
 _PERCENT = re.compile(r"\s*(?:\\text\{\s*)?(?:per\s?cent|pct|percentage)(?![a-zA-Z])\.?\s*\}?|\\text\{\s*\\?%\s*\}")
-_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\{(\d+)\}|\((\d+)\))")
+_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\{(\d+)\}|\((\d+)\))(?!\d)")
 _MULTIPLIER = re.compile(
     r"(?<=[\d}])\s*(\\text\{)?\s*(hundred|thousand|million|billion|trillion)(?![a-zA-Z])\s*(\}?)", re.IGNORECASE
 )
@@ -163,12 +171,18 @@ _PLAIN = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?|[a-zA-Z]")
 
 def tidy(text: str) -> str:
     """The expression in the one way of writing; it stays LaTeX."""
-    text = text.strip()
+    text = re.sub(r"(?<!\\)\\$", "", text.strip()).strip()
     if _PLAIN.fullmatch(text):
         return text
     if not text.isascii():
         text = _ascii(text)
-    text = re.sub(r"(?<!\\)~", " ", text).replace(r"\$", "").replace("$", "").replace("**", "" if text.startswith("**") else "^")
+    text = re.sub(r"(?<![A-Za-z])(?:US|AU|HK|NZ|A|C|S)\\?\$(?=\s*\d)", "", text)
+    text = (
+        re.sub(r"(?<!\\)~", " ", text)
+        .replace(r"\$", "")
+        .replace("$", "")
+        .replace("**", "" if text.startswith("**") else "^")
+    )
     if "\\" in text:
         for pattern, replacement in _LAYOUT:
             text = pattern.sub(replacement, text)
@@ -187,11 +201,11 @@ def tidy(text: str) -> str:
 
 
 def _ascii(text: str) -> str:
-    for sign in _VULGAR:
-        if sign in text:
-            text = text.replace(sign, r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", sign).split("\u2044")))
-    text = re.sub(f"[{''.join(_RAISED)}]+", lambda run: f"^{{{run[0].translate(str.maketrans(_RAISED))}}}", text)
-    text = re.sub(f"[{''.join(_LOWERED)}]+", lambda run: f"_{{{run[0].translate(str.maketrans(_LOWERED))}}}", text)
+    for sign in filter(text.__contains__, _VULGAR):
+        top, bottom = unicodedata.normalize("NFKC", sign).split("\u2044")
+        text = text.replace(sign, rf"\frac{{{top}}}{{{bottom}}}")
+    for pattern, table, sign in _RUNS:
+        text = pattern.sub(lambda run, table=table, sign=sign: f"{sign}{{{run[0].translate(table)}}}", text)
     text = re.sub("[\U0001d400-\U0001d7ff]+", lambda run: unicodedata.normalize("NFKC", run[0]), text)
     text = _ROOT.sub(_root, text).translate(_CHARACTERS)
     return text.replace("\u221a", r"\sqrt")
@@ -219,6 +233,8 @@ def _power(match: re.Match[str]) -> str:
 def _opened(match: re.Match[str]) -> str:
     """What a \\text{...} says: as it is where it holds mathematics or a list, as \\text{...} where it is words."""
     inner = match[1].strip()
+    if not inner:
+        return " "
     if _NOTHING.fullmatch(inner):
         return r"\emptyset "
     if _EVERYTHING.fullmatch(inner):

@@ -302,8 +302,8 @@ class Pool:
             try:
                 child = self._program.fork()
             except (_Gone, TimeoutError) as error:
-                silent = isinstance(error, TimeoutError)
-                why = f"the program that runs math-verify {'does not answer' if silent else 'ends as soon as it is started'}"
+                what = "does not answer" if isinstance(error, TimeoutError) else "ends as soon as it is started"
+                why = f"the program that runs math-verify {what}"
             except _Missing as error:
                 self._give_up(str(error))
             except _Failed as error:

@@ -126,7 +126,9 @@ _NO_CONTENT = re.compile(
     r"\(?[A-J]\)?\s*(?:$|[.):,;]|\\text|and(?![a-z])|or(?![a-z])|/)|(?:or|and|not|but|nor|maybe)(?![a-z])"
 )
 _OPTION = re.compile(
-    r"(?:\\text\{)?\s*(?:option|choice|statement)\s*\}?\s*(?:\\text)?\{?\s*\(?([A-Z])\)?\s*\}?", re.IGNORECASE
+    r"(?:\\text\{)?\s*(?:option|choice|statement)\s*\}?\s*(?:\\text)?\{?\s*\(?([A-Z])\)?\s*\}?|"
+    r"(?:\\text\{)?\(?([A-J])\s*\}?\s*\)\s*\}?",
+    re.IGNORECASE,
 )
 _POINT = re.compile(r"[A-Z](?:_\{?\w\}?|')?\s*(?=\()")
 _BUILDER = re.compile(r"\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\||\\mid(?![a-zA-Z])|:)(.*)\\\}", re.DOTALL)
@@ -207,9 +209,13 @@ def _fixed_form(text: str, depth: int) -> Shape | None:
     if (found := _CLOCK.fullmatch(text)) and (found[2] or found[4]):
         return Clock(int(found[1]), int(found[2] or 0), int(found[3] or 0), (found[4] or "").lower())
     if found := _OPTION.fullmatch(text):
-        return Value(found[1])
+        return Value(found[1] or found[2])
     if (found := _CHOICE.fullmatch(text)) and not _NO_CONTENT.match(found[4]):
-        content = re.sub(r"^(?:\\text\{)?([^{}]*)\}?$", r"\1", found[4]) if found[4].count("}") > found[4].count("{") else found[4]
+        content = (
+            re.sub(r"^(?:\\text\{)?([^{}]*)\}?$", r"\1", found[4])
+            if found[4].count("}") > found[4].count("{")
+            else found[4]
+        )
         return Choice(found[1] or found[2] or found[3], read(content, depth + 1))
     if (found := _FRENCH.fullmatch(text)) and found[1] + found[4] != "[]":
         return Range(*_ends(found[2], found[3]), (found[1] == "[", found[4] == "]"))
@@ -231,9 +237,7 @@ def _several(text: str, depth: int) -> Shape | None:
         return _listed("", [read(item, depth + 1) for item in items])
     if re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text):
         pairs = (("+", "-"), ("-", "+"))
-        signed = [
-            re.sub(r"\\mp(?![a-zA-Z])\s*", low, re.sub(r"\\pm(?![a-zA-Z])\s*", up, text)) for up, low in pairs
-        ]
+        signed = [re.sub(r"\\mp(?![a-zA-Z])\s*", low, re.sub(r"\\pm(?![a-zA-Z])\s*", up, text)) for up, low in pairs]
         return _listed("", [read(re.sub(r"(^|[=(,{])\s*\+", r"\1", one), depth + 1) for one in signed])
     return _bracketed(text, depth)
 
@@ -295,7 +299,12 @@ def _related(text: str, depth: int) -> Shape | None:
         return read(sides[1], depth + 1)
     if signs == [r"\ne"] and _VARIABLE.fullmatch(sides[0]):
         low, high = _infinite(sides[1])
-        return Union((Range(low, _end(sides[1]), (False, False), sides[0]), Range(_end(sides[1]), high, (False, False), sides[0])))
+        return Union(
+            (
+                Range(low, _end(sides[1]), (False, False), sides[0]),
+                Range(_end(sides[1]), high, (False, False), sides[0]),
+            )
+        )
     return _between(sides, signs)
 
 
@@ -330,8 +339,10 @@ def _equated(text: str, sides: list[str], depth: int) -> Shape:
         if not any(re.search(r"\.\d", side) for side in sides) or len(set(exact)) > 1:
             return NEVER
     left, last = sides[0], read(sides[-1], depth + 1)
-    if not re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", left)) and len(sides) == 2 and value(left) is not None:
-        return last
+    if value(left) is not None and len(sides) == 2 and not re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", left)):
+        if len(numbers) == 2 or not re.search("[a-zA-Z]", sides[1]):
+            return last
+        left, last = sides[1], read(left, depth + 1)
     if len(sides) > 2 and len(numbers) == 0 and not _is_name(left):
         return Value(text)
     return Equation(_name(left), last, text, _is_name(left), _is_name(left) or _is_quantity(left))
@@ -388,7 +399,9 @@ def _joined(text: str, depth: int) -> Shape | None:
     if len(pieces) > 1 and all(pieces):
         shapes = [read(piece, depth + 1) for piece in pieces]
         shapes = [as_range(shape) or shape for shape in shapes]
-        if all(isinstance(shape, Range | Many) or piece[:2] == r"\{" for shape, piece in zip(shapes, pieces, strict=True)):
+        if all(
+            isinstance(shape, Range | Many) or piece[:2] == r"\{" for shape, piece in zip(shapes, pieces, strict=True)
+        ):
             return Union(tuple(shapes))
         return None
     return _ratio(text)
@@ -434,7 +447,7 @@ _LOGIC = re.compile(r"\\(?:implies|Rightarrow|iff|forall|exists|therefore|becaus
 
 def is_wordy(text: str) -> bool:
     """Whether words stand in it, so that no algebra can compare it."""
-    if r"\text" in text or _LOGIC.search(text):
+    if r"\text" in text or r"\ldots" in text or _LOGIC.search(text):
         return True
     if r"\begin" in text:
         return False

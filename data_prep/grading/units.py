@@ -21,8 +21,8 @@ Dimension = frozenset[tuple[str, int]]
 ANY: Dimension = frozenset()
 
 _PREFIXED = "m g s L l N J W V A K Pa Hz mol eV cal Wh F H T C bit bps bar rad Bq".split()
-_PREFIXES = ("k", "M", "G", "T", "d", "c", "m", "n", "p", "\u00b5", "h")
-_LONG_PREFIXES = "kilo mega giga tera deci centi milli micro nano pico hecto".split()
+_PREFIXES = {"k": "kilo", "M": "mega", "G": "giga", "T": "tera", "d": "deci", "c": "centi", "m": "milli"}
+_PREFIXES |= {"\u00b5": "micro", "n": "nano", "p": "pico", "h": "hecto"}
 _LONG = {
     "m": "meter metre", "g": "gram gramme", "s": "second", "L": "liter litre", "N": "newton", "J": "joule",
     "W": "watt", "V": "volt", "A": "ampere amp", "K": "kelvin", "Pa": "pascal", "Hz": "hertz", "mol": "mole",
@@ -36,8 +36,9 @@ _OTHER = {
     "ton": "t ton tonne", "acre": "acre", "ha": "ha hectare", "gal": "gal gallon", "qt": "qt quart", "pt": "pint",
     "cup": "cup", "tsp": "tsp teaspoon", "tbsp": "tbsp tablespoon", "floz": "floz", "mL": "cc", "amu": "amu u Da",
     "ohm": "\u03a9 \\Omega", "angstrom": "\u00c5 \\AA angstrom", "atm": "atm atmosphere", "mmHg": "mmHg", "dB": "dB",
-    "M": "molar", "lm": "lm lumen", "lx": "lx lux", "cd": "cd candela", "Wb": "Wb weber", "S": "S siemens", "erg": "erg",
-    "dyn": "dyne", "gauss": "gauss", "ppm": "ppm", "rpm": "rpm", "arcmin": "arcmin arcminute", "arcsec": "arcsec arcsecond",
+    "M": "molar", "lm": "lm lumen", "lx": "lx lux", "cd": "cd candela", "Wb": "Wb weber", "S": "S siemens",
+    "erg": "erg", "dyn": "dyne", "gauss": "gauss", "ppm": "ppm", "rpm": "rpm",
+    "arcmin": "arcmin arcminute", "arcsec": "arcsec arcsecond",
     "C": "\u00b0C celsius centigrade", "F": "\u00b0F fahrenheit", "sr": "sr steradian", "parsec": "parsec pc",
     "cent": "cent \u00a2 penny pennies", "usd": "dollar buck USD US$", "eur": "euro EUR \u20ac",
     "gbp": "GBP \u00a3 quid", "jpy": "JPY yen", "cny": "CNY RMB yuan \u5143", "inr": "INR Rs Re rupee \u20b9",
@@ -46,7 +47,7 @@ _OTHER = {
 }  # fmt: skip
 _PARTS = {"mph": (("mi", 1), ("h", -1)), "kph": (("km", 1), ("h", -1)), "kmh": (("km", 1), ("h", -1))}
 _COUNTED = """
-unit way degree deg time people person man men woman women child children student boy girl teacher player member
+unit way time people person man men woman women child children student boy girl teacher player member
 friend guest worker employee customer passenger contestant participant representative soldier team family couple voter
 apple orange banana pear lemon grape cherry berry fruit egg cookie cake pie slice candy candies lollipop popsicle meal
 serving dog cat animal bird fish chicken cow horse sheep pig rabbit mouse mice bee fly flies bacterium bacteria cell
@@ -56,17 +57,17 @@ block tile brick stick toothpick pencil pen pencils box boxes bag basket bottle 
 package pack carton crate piece part portion share item object thing gift shirt sock shoe hat outfit pair set group
 class classes row column table chair seat bench benches desk room door window house building floor story storey car
 truck bus buses train bike bicycle plane boat ship wheel tree flower plant leaf leaves seed bush bushes petal rose
-number integer digit factor divisor multiple prime squares cubes triangle rectangle quadrilateral pentagon hexagon polygon
-circle sphere vertex vertices edge side face diagonal angle segment ray plane region area path route road trip lap loop
-value solution roots zeros zeroes term coefficient element subset permutation combination arrangement order
-ordering sequence string code password plate pattern coloring colouring color colour function polynomial equation matrix
-matrices case possibility possibilities choice option outcome event selection committee handshake kind type flavor
-flavour question problem test exam mark grade lesson task job call message email photo picture
-song movie show program file bit year-old old photon electron proton neutron atom molecule revolution rotation
-bounce beat breath switch switches battery batteries computer robot machine phone camera clock watch watches
-tuple pairing factorization partition tiling tetrahedron tetrahedra face cut layer
-interval chord tangent intersection distribution divisors numeral zeroes entry entries lot copies copy
-\u4e2a \u79cd \u4eba \u6b21 \u5206 \u5ea6 \u5929 \u53ea \u672c \u5f20 \u6761 \u9897 \u5757 \u540d \u7ec4 \u53f0 \u8f86 \u5339 \u5c81
+number integer digit factor divisor multiple prime squares cubes triangle rectangle quadrilateral pentagon hexagon
+polygon circle sphere vertex vertices edge side face diagonal angle segment ray region area path route road trip lap
+loop value solution roots zeros zeroes term coefficient element subset permutation combination arrangement order
+ordering sequence string code password plate pattern coloring colouring color colour function polynomial equation
+matrix matrices case possibility possibilities choice option outcome event selection committee handshake kind type
+flavor flavour question problem test exam mark grade lesson task job call message email photo picture song movie show
+program file bit year-old old photon electron proton neutron atom molecule revolution rotation bounce beat breath
+switch switches battery batteries computer robot machine phone camera clock watch watches tuple pairing factorization
+partition tiling tetrahedron tetrahedra cut layer interval chord tangent intersection distribution divisors numeral
+entry entries lot copies copy \u4e2a \u79cd \u4eba \u6b21 \u5206 \u5ea6 \u5929 \u53ea \u672c \u5f20 \u6761 \u9897
+\u5757 \u540d \u7ec4 \u53f0 \u8f86 \u5339 \u5c81
 """.split()
 _CHINESE = {
     "\u7c73": "m", "\u5398\u7c73": "cm", "\u5343\u7c73": "km", "\u6beb\u7c73": "mm", "\u516c\u91cc": "km",
@@ -75,12 +76,15 @@ _CHINESE = {
     "\u5e74": "yr", "\u6708": "month", "\u5468": "week",
 }  # fmt: skip
 _ADJECTIVES = frozenset(
-    "distinct different possible positive negative integer real whole natural ordered unordered such total valid unique "
-    "right equilateral lattice prime perfect more nonnegative complex rational US fl nautical light metric license of "
-    "base area surface volume full extra additional approximately about degrees".split()
+    """
+    distinct different possible positive negative integer real whole natural ordered unordered such total valid
+    unique right equilateral lattice prime perfect more nonnegative complex rational US fl nautical light metric
+    license of base area surface volume full extra additional approximately about degrees
+    """.split()
 )
 _SQUARE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "\u5e73\u65b9": 2, "\u7acb\u65b9": 3}
 _POWERS = {"squared": 2, "cubed": 3}
+_ENDS_IN_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}$")
 _ORDINAL = re.compile(r"\W*(?:text\{\s*)?-?(?:st|nd|rd|th)\}*")
 _TOKEN = re.compile(
     r"\s*(?:\^\s*\{?\(?\s*(-?[1-9])\s*\)?\}?|(/|\\per(?![a-zA-Z])|per(?![a-zA-Z]))"
@@ -89,14 +93,17 @@ _TOKEN = re.compile(
     "[\u00a2\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd])[.']?)"
 )
 _START = re.compile(
-    rf"\\text\{{|\\frac\{{\s*\\text|\\(?:mu|Omega|AA|ohm)(?![a-zA-Z])|[{DEGREE}\u00a2\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd]"
+    rf"\{{?\s*\\text\{{|\\frac\{{\s*\\text|\\(?:mu|Omega|AA|ohm)(?![a-zA-Z])|[{DEGREE}\u00a2\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd]"
     r"|[\u4e00-\u9fff\u03a9\u00c5\u00b5]|\^\s*\{?\s*(?:\\text\{\s*)?(?:st|nd|rd|th)|(?<![\\a-zA-Z{_])[a-zA-Z]{2,}"
-    r"|(?<=[\s0-9}])(?<![_^]\{)[a-zA-Z](?=\s*[/^]|$|\s*\\cdot)|(?<=[\s0-9}])-(?=\s*[a-z\\])|(?<=\d)\s*\((?=[a-zA-Z])"
+    r"|(?<=[\s0-9}])(?<![_^]\{)[a-zA-Z](?=\s*[/^]|$|\s*\\(?:cdot|Omega))|(?<=[\s0-9}])-(?=\s*[a-z\\])|(?<=\d)\s*\((?=[a-zA-Z]|\\text)"
 )
 _BEFORE = re.compile(
     r"([-+]?)\s*(?:\\text\{\s*)?((?:US|A|C|HK|NZ|S)\$|US(?=\s*\d)|USD|EUR|GBP|CNY|RMB|JPY|INR|CAD|AUD|CHF|KRW|HKD|SGD|Rs\.?|"
     "[\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd\u00a2])\\s*\\}?\\s*(?=[-+.0-9\\\\])"
 )
+
+
+_DEGREES, _RADIANS = frozenset({("deg", 1)}), frozenset({("rad", 1)})
 
 
 def _plural(name: str) -> tuple[str, ...]:
@@ -113,7 +120,7 @@ def _table() -> Mapping[str, Dimension]:
         for name in _LONG.get(symbol, "").split():
             for spelled in _plural(name):
                 made[spelled] = frozenset({(base, 1)})
-                for prefix, long in zip(_PREFIXES[:4] + _PREFIXES[4:7] + ("\u00b5", "n", "p", "h"), _LONG_PREFIXES):
+                for prefix, long in _PREFIXES.items():
                     made[long + spelled] = frozenset({(prefix + base, 1)})
     for symbol, names in _OTHER.items():
         for name in names.split():
@@ -122,8 +129,9 @@ def _table() -> Mapping[str, Dimension]:
     made |= {name: frozenset({(symbol, 1)}) for name, symbol in _CHINESE.items()}
     made |= {name: frozenset(parts) for name, parts in _PARTS.items()}
     counted = {spelled: ANY for name in _COUNTED for spelled in _plural(name)}
+    made |= {name: _DEGREES for name in ("deg", "degree", "degrees")}
     made.pop("pm")  # half a day, not a picometre
-    return {**made, **{name: ANY for name in counted if name not in made}, DEGREE: ANY}
+    return {**made, **{name: ANY for name in counted if name not in made}, DEGREE: _DEGREES}
 
 
 _TABLE = _table()
@@ -139,8 +147,13 @@ _SURE = frozenset("cm km mm kg ft yd lb hr oz in mi st nd rd th sq".split())
 def dimension(text: str) -> Dimension | None:
     r"""What a text says as a unit, \text{...} opened; None if it is no unit."""
     flat = re.sub(r"\\frac\{((?:[^{}]|\{[^{}]*\})*)\}\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1/\2", text)
+    flat = re.sub(r"([kM])\s*\}?\s*\\Omega", r"\1ohm", flat.replace("[", "(").replace("]", ")"))
     flat = flat.replace(r"\text", " ").replace(r"\mu", "\u00b5").replace("\u03bc", "\u00b5").strip()
-    flat = re.sub("\u00b5\\s+(?=[a-zA-Z{])", "\u00b5", re.sub(r"\{\s*([^{}]*?)\s*\}(?!\^)", r"\1 ", flat) if "^" not in flat else flat)
+    flat = re.sub(
+        "\u00b5\\s+(?=[a-zA-Z{])",
+        "\u00b5",
+        re.sub(r"\{\s*([^{}]*?)\s*\}(?!\^)", r"\1 ", flat) if "^" not in flat else flat,
+    )
     flat = flat.replace("\u00b5{", "\u00b5")
     if (inner := re.fullmatch(r"\((.*)\)", flat.strip())) is not None:
         if len(inner[1]) == 1:
@@ -207,7 +220,7 @@ def split(text: str, *, loosely: bool = False) -> tuple[str, Dimension | None]:
         before = re.sub(r"\s*\\(?:cdot|times)\s*$|-$", "", before) if r"\text" in rest else before
         if before[-1:].isdigit() and _ORDINAL.fullmatch(rest):
             return before, ANY
-        if before and (found := dimension(rest.removeprefix("-"))) is not None:
+        if not _ENDS_IN_WORD.search(before) and (found := dimension(rest.removeprefix("-"))) is not None:
             return before, found
     return text, None
 
@@ -217,5 +230,6 @@ def _is_sure(unit: str) -> bool:
 
 
 def agree(one: Dimension | None, other: Dimension | None) -> bool:
-    """Whether two answers with these units can be the same: both state one unit, or one of them states none."""
-    return not one or not other or one == other
+    """Whether two answers with these units can be the same: both state one unit, or one of them states none; a degree
+    sign may be one of temperature, but is no radian."""
+    return not one or not other or one == other or (_DEGREES in (one, other) and _RADIANS not in (one, other))

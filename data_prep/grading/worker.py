@@ -5,7 +5,8 @@ import takes most of a second; so a child that hangs is killed and replaced at o
 program ends when the owner's end of its socket closes, and the kernel kills the children when the program ends.
 
     owner -> program    {"task": "fork"} with a socket, {"task": "bury", "pid": ...}
-    program -> owner    {"ready": pid} or {"failed": reason, "missing": whether it lacks a module} at the start, then {"pid": ..., "warm": ...} for each fork
+    program -> owner    {"ready": pid} or {"failed": reason, "missing": whether it lacks a module} at the start, then
+                        {"pid": ..., "warm": ...} for each fork
     owner -> child      {"pairs": [[right answer, answer], ...]}
     child -> owner      {"equal": [true or false, ...]} or {"error": reason}
 
@@ -39,6 +40,8 @@ ABSOLUTE_TOLERANCE = 2e-6
 """math-verify rounds to six decimals: what is further apart is never equal to it."""
 EXACT_DIGITS = 60
 """To which exact numbers are compared."""
+POINTS = (1, -1, 2 + 1j, -1 + 3j)
+"""Times the coordinate of each symbol: where expressions are compared."""
 EXERCISES = (
     (r"\frac{1}{2}", "x+1"),
     ("x^2+2x+1", "(x+1)^2"),
@@ -291,7 +294,7 @@ def _with_imaginary_unit(expression: Any) -> Any:
 
     if not isinstance(expression, Expr) or expression.has(Integral, Product, Sum) or isinstance(expression, Symbol):
         return expression
-    return expression.subs(Symbol("i"), I) if Symbol("i") in expression.free_symbols else expression
+    return expression.subs({symbol: I for symbol in expression.free_symbols if symbol.name == "i"})
 
 
 def _without_decimals(side: Any) -> Any:
@@ -308,22 +311,40 @@ def _has_decimal(*sides: Any) -> bool:
 
 
 def _exactly_equal(one: Any, other: Any) -> bool | None:
-    """Whether two exact expressions agree at their point: rational numbers as such, others to EXACT_DIGITS; None where
-    that cannot be seen, and for equal expressions with symbols, which one point does not prove."""
-    left, right = (side.subs({symbol: _coordinate(symbol.name) for symbol in side.free_symbols}) for side in (one, other))
+    """Whether two exact expressions are the same number, or the same function: equal at a positive, a negative and two
+    complex points to EXACT_DIGITS, where none is made of steps. None where that is not seen."""
+    verdicts = [
+        _equal_at(one, other, point) for point in (POINTS if one.free_symbols | other.free_symbols else POINTS[:1])
+    ]
+    if verdicts[0] is False:
+        return False
+    return True if all(verdicts) and not (len(verdicts) > 1 and _has_steps(one, other)) else None
+
+
+def _equal_at(one: Any, other: Any, point: complex) -> bool | None:
+    """At one point: rational numbers as such, others to EXACT_DIGITS."""
+    from sympy import I, Integer
+
+    shift, turn = Integer(int(point.real)), Integer(int(point.imag)) * I
+    sides = []
     try:
-        left, right = left.doit(), right.doit()
-        if left.is_Rational and right.is_Rational:
-            same = bool(left == right)
-        else:
-            values = [side.evalf(EXACT_DIGITS) for side in (left, right)]
-            same = abs(values[0] - values[1]) <= abs(values[0]) / 10 ** (EXACT_DIGITS - 10)
-            same = bool(same)
+        for side in (one, other):
+            at = {symbol: (shift + turn) * _coordinate(symbol.name) for symbol in side.free_symbols}
+            sides.append(side.subs(at).doit())
+        if all(side.is_Rational for side in sides):
+            return bool(sides[0] == sides[1])
+        left, right = (side.evalf(EXACT_DIGITS) for side in sides)
+        return bool(abs(left - right) <= abs(left) / 10 ** (EXACT_DIGITS - 10))
     except MemoryError:
         raise
     except Exception:  # of any kind: then it has no value that decides
         return None
-    return None if same and (one.free_symbols or not left.is_Rational) else same
+
+
+def _has_steps(*sides: Any) -> bool:
+    from sympy import Derivative, Max, Min, Mod, Piecewise, ceiling, floor, sign
+
+    return any(side.has(floor, ceiling, Mod, Max, Min, Piecewise, sign, Derivative) for side in sides)
 
 
 def _sides(gold: Any, answer: Any) -> tuple[Any, Any]:
