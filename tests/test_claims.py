@@ -200,3 +200,64 @@ def test_a_run_from_before_there_were_claims_has_registered_none() -> None:
     card = claims.card(ONE, {"time": "monday"}, "tuesday")
     assert claims.registered({"claims": card}) == {} and card["earlier"][0]["since"] == "monday"
     assert claims.registered({}) == {} and claims.registered({"claims": "broken"}) == {}
+
+
+# ---------------------------------------------------------------------------------------------------- what is logged
+
+
+def unlogged(folder: Path, metric: str, *overrides: str, text: str = TEXT) -> str:
+    """The refusal of a claim on this metric; empty where the recipe logs it."""
+    pytest.importorskip("torch")
+    loaded = load(folder, text + claim(metric=metric), *overrides)
+    try:
+        recipe.check_claims(loaded)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("metric", "overrides", "expected"),
+    [
+        (
+            "kl_ref/exact_token",
+            [],
+            "claims.c.metric: kl_ref/exact_token is not logged. Set probes.exact_every, e.g. to",
+        ),
+        ("kl_ref/exact_token", ["probes.exact_every=5"], ""),
+        ("kl_ref_t1/k1_token", [], "Set probes.temperature_one_every"),
+        ("kl_ref_t1/k1_token", ["probes.temperature_one_every=5", "train.temperature=0.9"], ""),
+        (
+            "kl/cap_fraction",
+            ["arms.reverse.kl.cap=1.0"],
+            "kl/cap_fraction is not logged. Set kl.cap. (Concerns: none.)",
+        ),
+        ("kl/advantage_share", [], "Only an arm with its KL in the reward logs it. (Concerns: none.)"),
+        ("retention/spell_backward", [], "no skill 'spell_backward' is validated. Name it in retention.skills."),
+        ("retention/spell_backward", ["retention.skills.spell_backward={}"], ""),
+        ("train/accuracyy", [], "train/accuracyy is not logged. Did you mean 'train/accuracy'?"),
+        ("kl_ref/k1_respons", [], "Did you mean 'kl_ref/k1_response'?"),
+        ("kl_ref/k1_response", [], ""),
+        ("actor/entropy", [], ""),  # verl's own
+        ("eval/palindrome/accuracy", [], ""),  # the last step is always validated
+        ("eval/palindrome/pass@4", [], ""),
+        ("eval/palindromes/accuracy", [], "the held-out prompts are of palindrome. Did you mean 'palindrome'?"),
+        ("eval/palindrome/acuracy", [], "Held-out metrics are eval/<data_source>/accuracy, /score and /pass@<k>."),
+    ],
+)
+def test_a_claim_on_what_no_run_logs_is_refused_with_what_to_set(
+    tmp_path: Path, metric: str, overrides: list[str], expected: str
+) -> None:
+    told = unlogged(tmp_path, metric, *overrides)
+    assert expected in told and bool(expected) == bool(told)
+    assert not told or told.startswith(f"{tmp_path}/study.yaml:10: claims.c.metric: ")
+
+
+def test_the_data_sources_of_ones_own_prompts_are_read(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    pq.write_table(pyarrow.table({"data_source": ["openai/gsm8k"] * 2}), tmp_path / "val.parquet")
+    text = TEXT.replace("{builtin: palindrome}", "{train: t.parquet, val: val.parquet, reward: 'a:b'}")
+    assert "prompts are of openai/gsm8k." in unlogged(tmp_path, "eval/gsm8k/accuracy", text=text)
+    assert unlogged(tmp_path, "eval/openai/gsm8k/accuracy", text=text) == ""

@@ -127,8 +127,9 @@ def test_a_task_of_ones_own_brings_its_reward():
 
 
 def test_evaluation_and_saving_follow_the_recipe():
-    values = of(eval=EvalSpec(every=0, before=False), save=SaveSpec(every=5))
-    assert pick(values, "trainer.test_freq", "trainer.val_before_train", "trainer.save_freq") == (-1, False, 5)
+    values = of(eval=EvalSpec(every=0, before=False), save=SaveSpec(every=5), train=TrainSpec(steps=12))
+    keys = ("trainer.test_freq", "trainer.val_before_train", "trainer.save_freq")
+    assert pick(values, *keys) == (12, False, 5)  # the last step is validated in any case
     assert values["trainer.max_actor_ckpt_to_keep"] is None  # ours prunes
     values = of(eval=EvalSpec(every=10, responses_per_prompt=1, temperature=0))
     keys = [f"{ROLLOUT}.val_kwargs.{key}" for key in ("n", "temperature", "do_sample")]

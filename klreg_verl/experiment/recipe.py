@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from klreg_verl.experiment import claims as claiming
-from klreg_verl.experiment import strict, verl_keys
+from klreg_verl.experiment import logged, strict, verl_keys
 from klreg_verl.experiment.claims import ClaimSpec
 from klreg_verl.experiment.kl_settings import LOSS_ONLY, REWARD_ONLY, AlarmsSpec, KLSpec, ProbesSpec, ReferenceSpec
 from klreg_verl.experiment.own_code import own_modules
@@ -109,6 +109,8 @@ class Recipe:
     """Arms x tasks x grid points, in the order written."""
     claims: Mapping[str, ClaimSpec] = field(default_factory=dict)
     """What the runs are to decide, by name; each with its task."""
+    claim_places: Mapping[str, str] = field(default_factory=dict)
+    """file:line and dotted path of each claim's metric, for messages."""
     overrides: tuple[str, ...] = ()
 
     @property
@@ -180,8 +182,8 @@ def check_kl(kl: KLSpec, place: str, policy_aggregation: str) -> None:
 
 
 def check_claims(recipe: Recipe) -> None:
-    """`check_kl` for every cell; ConfigError with each different refusal once."""
-    problems: list[str] = []
+    """`check_kl` for every cell, and that every claim's metric is logged; ConfigError with each refusal once."""
+    problems = _never_logged(recipe)
     settings = {(cell.settings.kl, cell.kl_place, cell.settings.train.policy_aggregation) for cell in recipe.cells}
     for setting in sorted(settings, key=lambda each: each[1]):
         try:
@@ -191,6 +193,21 @@ def check_claims(recipe: Recipe) -> None:
             problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
+
+
+def _never_logged(recipe: Recipe) -> list[str]:
+    """Claims on a metric that an arm of theirs never logs; core's table of metrics needs torch."""
+    if not recipe.claims:
+        return []
+    from klreg_verl.core.metrics import METRICS
+
+    problems: dict[str, list[str]] = {}
+    for name, claim in recipe.claims.items():
+        for cell in (cell for cell in recipe.cells if cell.task_name == claim.task and cell.arm in claim.contrast):
+            if why := logged.why_not(claim.metric, cell.settings, cell.task, METRICS):
+                problems.setdefault(f"{recipe.claim_places[name]}: {why}", []).append(cell.arm)
+    told = {problem: list(dict.fromkeys(arms)) for problem, arms in problems.items()}
+    return [problem if len(arms) > 1 else f"{problem} (Concerns: {arms[0]}.)" for problem, arms in told.items()]
 
 
 # ---------------------------------------------------------------------------------------------------- reading files
@@ -475,6 +492,7 @@ class _Composer:
             grid={key: tuple(map(strict.plain, nodes)) for key, nodes in grid.items()},
             cells=tuple(cells),
             claims=self.claims(cells, list(arms), list(tasks)),
+            claim_places=self.claim_places(),
             overrides=overrides,
         )
 
@@ -607,6 +625,11 @@ class _Composer:
         if problems:
             raise ConfigError(problems)
         return found
+
+    def claim_places(self) -> dict[str, str]:
+        nodes = self.children["claims"].mapping() if "claims" in self.children else {}
+        metrics = {name: node.mapping()["metric"] for name, node in nodes.items()}
+        return {name: f"{metric.place}: {metric.path}" for name, metric in metrics.items()}
 
     @staticmethod
     def claim(name: str, node: Node, cells: Sequence[Cell], arms: Sequence[str], tasks: Sequence[str]) -> ClaimSpec:

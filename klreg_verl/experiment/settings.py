@@ -168,7 +168,7 @@ class EvalSpec:
     """Validation: when, and how it samples."""
 
     every: int = 0
-    """Steps between validations during training; 0: none."""
+    """Steps between validations during training; 0: none but the one after the last step, which every run has."""
     before: bool = True
     """Whether to validate before training (step 0)."""
     responses_per_prompt: int = 4

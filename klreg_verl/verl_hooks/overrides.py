@@ -185,14 +185,9 @@ def _trainer(spec: RunSpec, files: Files) -> Settings:
         "trainer.resume_mode": "auto",
         "trainer.save_freq": spec.save.every,
         "trainer.max_actor_ckpt_to_keep": None,  # recorder.py prunes: verl forgets what it saved after a restart
-        "trainer.test_freq": spec.eval.every or _only_at_the_end(spec),
+        "trainer.test_freq": spec.eval.every or spec.train.steps,  # verl validates the last step if it does any
         "trainer.val_before_train": spec.eval.before,
     }
-
-
-def _only_at_the_end(spec: RunSpec) -> int:
-    """verl validates the last step whenever it validates at all; -1: never."""
-    return spec.train.steps if spec.retention.skills else -1
 
 
 _FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
