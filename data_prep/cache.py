@@ -118,9 +118,10 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 def make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Lets `fill` write into a temporary sibling and renames it to `folder` when all is on disk.
 
-    Raises ValueError if `folder` exists already; whatever interrupts `fill` leaves nothing behind under that name.
+    Raises ValueError if `folder` exists already and is not empty; whatever interrupts `fill` leaves nothing behind
+    under that name.
     """
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise ValueError(f"{folder} exists already and would be overwritten. Name another folder, or remove it first.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -13,9 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_prep import trial
+from data_prep import golden, rewards, trial
 from data_prep.functions import OURS, load
-from data_prep.lengths import Messages, RenderError, load_tokenizer, named_tokenizer, num_tokens
+from data_prep.lengths import Messages, RenderError, load_tokenizer, named_tokenizer, no_template, num_tokens
 from data_prep.schema import check_file, differences
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
@@ -74,13 +74,29 @@ def describe(
     if tokenizer is not None:
         longest = check_lengths(tables, named_tokenizer(tokenizer), max_prompt_tokens)
         lines.append(f"longest prompt: {longest} tokens of at most {max_prompt_tokens}")
+    if reward is None:
+        for path, table in tables.items():
+            _refuse_no_answers(path, table)
     function = load(reward or OURS, Path.cwd())
     return lines + [_tried(path, trial.try_reward(function, table), reward) for path, table in tables.items()]
 
 
+def _refuse_no_answers(path: Path, table: pa.Table) -> None:
+    """Ground truths of mathematics that no response can be equal to."""
+    infos = table["extra_info"].to_pylist() if "extra_info" in table.column_names else [None] * table.num_rows
+    rows = zip(table["data_source"].to_pylist(), table["reward_model"].to_pylist(), infos, strict=True)
+    for number, (source, model, info) in enumerate(rows):
+        if rewards.grader_of(rewards.graded_as(info) or source)[0] is not rewards.grade_mathematics:
+            continue
+        for answer in golden.alternatives(model["ground_truth"]):
+            if wrong := golden.no_answer(answer):
+                raise ValueError(f"{path}: row {number}: the ground truth {wrong}.")
+
+
 def _tried(path: Path, tried: trial.Trial, reward: str | None) -> str:
+    asked = f"in the form that the prompts ask for ({', '.join(tried.forms)})" if tried.forms else "given as responses"
     return (
-        f"{path}: {reward or 'our own reward'} returns {', '.join(tried.keys)}; given as responses, {tried.right} of "
+        f"{path}: {reward or 'our own reward'} returns {', '.join(tried.keys)}; {asked}, {tried.right} of "
         f"{tried.rows} ground truths score above an empty one; slowest call {1000 * tried.slowest:.0f} ms; "
         f"runs will be told by their {'mean score: it grades' if tried.graded else 'accuracy: right or wrong'}"
     )
@@ -101,7 +117,7 @@ def check_model(folder: Path) -> dict[str, int]:
     tokenizer = load_tokenizer(folder)
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"{folder}: the tokenizer has no chat template, so prompts cannot be rendered. Save one with it."
+            f"{folder}: the tokenizer has no chat template, so prompts cannot be rendered. {no_template(str(folder))}"
         )
     sizes = {"model_vocabulary": _vocabulary(config, folder), "tokenizer_vocabulary": len(tokenizer)}
     check_vocabulary(folder, *sizes.values())

@@ -242,6 +242,9 @@ def _problem(origin: str, place: int, row: Mapping[str, Any], ledger: Ledger) ->
     if not isinstance(text, str) or not text.strip():
         ledger.drop("no problem", origin, place)
         return None
+    if text != text.encode(errors="replace").decode():
+        ledger.drop("no Unicode text", origin, place, why="half of a character (a lone surrogate)")
+        return None
     given = next((row[name] for name in ANSWER_FIELDS if row.get(name) is not None), None)
     try:
         answer = golden.golden_text(given)
@@ -277,6 +280,8 @@ def _drop_repeated(split: Split) -> None:
 
 def _canonical(answer: str) -> str:
     """Answers that differ in writing only become one: 097 and 97, 83^\\circ and 83, \\dfrac and \\frac."""
+    if re.fullmatch(r"-?\d+\.\d+", answer):
+        answer = answer.rstrip("0").rstrip(".")
     text = overlap.fingerprint(re.sub(r"\^?\\(circ|degree|%)|\\text|,\\!|(?<=\d),(?=\d{3}(?!\d))", "", answer))
     return re.sub(r"(?<![\d.])0+(?=\d)", "", text)
 

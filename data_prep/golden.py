@@ -6,6 +6,10 @@ column is text in one and a number in another, so all of them become text:
 
     142.0 -> 142        0.25 -> 0.25        "$2$" -> 2        "\\boxed{2}" -> 2        None, "", nan, [] -> no answer
     ["9.6\n"] -> 9.6    ["a", "b"], or that as JSON -> ["a", "b"], JSON: any of them is right
+    "... so 3+4=7.\n#### 7" -> 7 (GSM8K)    "The answer is $5$." -> 5    "5." -> 5
+
+Text that goes on for a sentence is a solution and no answer, and a control character is a slip ("\frac" in JSON is a
+form feed and "rac"): such a row is refused.
 """
 
 import json
@@ -21,16 +25,42 @@ _WRAPPED = tuple(
     for pattern in (r"\$\$([^$]*)\$\$", r"\$([^$]*)\$", r"\\\(((?:(?!\\\)).)*)\\\)", r"\\\[((?:(?!\\\]).)*)\\\]")
 )
 
+_SAID = re.compile(r"(?:so |thus |therefore,? )?(?:the )?(?:final )?answer(?: is|:)\s*(.+)", re.IGNORECASE | re.DOTALL)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+PROSE_WORDS = 6
+"""Words of at least two letters that make an answer prose; of 8,977 published answers none has so many."""
+
 
 def golden_text(value: Any) -> str:
     """The ground truth as text, a JSON list where there are several different right answers, "" for none.
 
-    Raises ValueError for a type that no answer has (a mapping, bytes).
+    Raises ValueError for a type that no answer has (a mapping, bytes), for prose, and for control characters.
     """
-    answers = list(dict.fromkeys(text for text in map(_one, _flat(value)) if text))
+    given = list(_flat(value))
+    answers = list(dict.fromkeys(text for text in map(_one, given) if text))
+    for text in (*(one for one in given if isinstance(one, str) and _CONTROL.search(one)), *answers):
+        if wrong := no_answer(text):
+            raise ValueError(wrong)
     if not answers:
         return ""
     return answers[0] if len(answers) == 1 else json.dumps(answers, ensure_ascii=False)
+
+
+def no_answer(text: str) -> str | None:
+    """Why a text cannot be an answer, None if it can."""
+    if "####" in text:
+        return f"{text[:60]!r} is a solution with its answer after ####, not the answer: give that alone"
+    if found := _CONTROL.search(text):
+        return f"{text[:60]!r} has the control character {found[0]!r}, where a backslash may have been lost"
+    if len(_WORD.findall(_COMMAND.sub(" ", text))) >= PROSE_WORDS:
+        return f"{text[:60]!r} is prose, and no response is equal to it: give the answer alone"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return f"{text[:60]!r} has half of a character (a lone surrogate)"
+    return None
 
 
 def alternatives(ground_truth: Any) -> list[str]:
@@ -79,8 +109,12 @@ def _number(value: Decimal) -> str:
 
 def _bare(text: str) -> str:
     """Without white space, dollar signs or a box around the whole."""
-    text = text.strip()
+    text = text.rpartition("####")[2].strip()
     inner = _unboxed(text)
+    if inner == text and (said := _SAID.fullmatch(text)):
+        inner = said.group(1).strip()
+    if inner == text and text.endswith(".") and not text.endswith(".."):
+        inner = text[:-1]
     for pattern in _WRAPPED:
         if inner == text and (found := pattern.fullmatch(text)):
             inner = found.group(1)

@@ -17,6 +17,13 @@ SPARE = 16
 """Tokens that a tokenizer may add to a text beyond one per character, for a start mark or a leading space."""
 
 
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""A chat template for a model that never had one, as it is written in Python."""
+
+
 class RenderError(ValueError):
     """The chat template refuses these messages."""
 
@@ -55,6 +62,15 @@ def named_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(repository, revision=revision or None)
 
 
+def no_template(folder: str) -> str:
+    """What to do about a tokenizer without a chat template: two lines to paste."""
+    return (
+        "Give it one, the model's own where it has one, or this plain one; in Python:\n"
+        f'    tokenizer = AutoTokenizer.from_pretrained({folder!r}); tokenizer.chat_template = "{PLAIN_TEMPLATE}"\n'
+        f"    tokenizer.save_pretrained({folder!r})"
+    )
+
+
 def num_tokens(tokenizer: Any, messages: Messages) -> int:
     """Tokens of a rendered prompt with what the template puts before the answer.
 
@@ -66,6 +82,11 @@ def num_tokens(tokenizer: Any, messages: Messages) -> int:
         return len(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **QUIETLY))
     except TemplateError as error:
         raise RenderError(str(error)) from error
+    except ValueError as error:  # transformers', where there is no template
+        if getattr(tokenizer, "chat_template", None):
+            raise
+        place = str(tokenizer.name_or_path)
+        raise ValueError(f"The tokenizer of {place} has no chat template. {no_template(place)}") from error
 
 
 def too_long(tokenizer: Any, prompts: Sequence[Messages], limit: int) -> dict[int, int]:

@@ -13,9 +13,10 @@ takes the list of keys from the first sample, every call returns the same ones:
 
 The data_source names the task: "palindrome", "skill/<name>" for a skill of data_prep.skills, and mathematics for
 every other name (deepscaler, aime24, math500, skill/gsm8k, a user's own); there several right answers are a JSON list
-of strings. `graded_as` in the row's meta names another task to be graded as. The form in which the answer is looked for
-is, in this order: the option `answer_format`; `answer_format` in the row's meta (data_prep/styles.py); the task's own,
-a box for mathematics and the whole text for the others.
+of strings. `graded_as` in the row's meta names another task to be graded as. The form in which the answer is looked
+for is, in this order: the option `answer_format`; `answer_format` in the row's meta (data_prep/styles.py); the task's
+own. For mathematics that is the first of a box, "#### 72", "Answer: 72" at the beginning of a line and <answer> tags
+that the response has; for the others it is the whole text.
 Options come by keyword, in verl as reward.custom_reward_function.reward_kwargs: see RewardOptions.
 """
 
@@ -27,7 +28,7 @@ from functools import cache, lru_cache
 from typing import Any, get_args
 
 from data_prep.golden import alternatives
-from data_prep.grading.extraction import AnswerFormat, extract, final_text, is_truncated, last_box
+from data_prep.grading.extraction import ASKED, AnswerFormat, extract, final_text, is_truncated, last_box
 from data_prep.grading.mathematics import judge
 from klreg_verl.experiment.strict import FieldError
 
@@ -59,7 +60,8 @@ class RewardOptions:
     """What can be chosen by keyword. Raises FieldError, a ValueError, for a value that there is not."""
 
     answer_format: AnswerFormat | None = None
-    """Where the answer is: "boxed", "answer" (tags), "plain" (the whole final text); None: as row and task say."""
+    """Where the answer is: "boxed", "answer" (tags), "hashes" (#### 72), "line" (Answer: 72), "plain" (the whole final
+    text); None: as row and task say."""
     partial_credit: bool = False
     """Palindromes: reasoning-gym's 0.05 for a palindrome of other letters and 0.02 for any other text in `score`;
     `acc` stays what is right. It pays for the form: a model can live on it without a right answer."""
@@ -107,7 +109,8 @@ def _grade(data_source: Any, response: str, ground_truth: Any, extra_info: Any, 
     if truncated:
         return Grade(truncated=1.0)
     form = options.answer_format or _format_of_row(extra_info) or own_format
-    answer = extract(final_text(response), form)
+    text = final_text(response)
+    answer = next((found for each in ([form] if form else ASKED) if (found := extract(text, each)) is not None), None)
     grade = Grade() if answer is None else grader(answer, ground_truth, options)
     return grade
 
@@ -181,13 +184,13 @@ def grade_mathematics(answer: str, ground_truth: Any, options: RewardOptions) ->
 Grader = Callable[[str, Any, RewardOptions], Grade]
 
 
-def grader_of(data_source: Any) -> tuple[Grader, AnswerFormat]:
-    """How a data_source is graded, and the form of its answers where nothing else is said."""
+def grader_of(data_source: Any) -> tuple[Grader, AnswerFormat | None]:
+    """How a data_source is graded, and the form of its answers where nothing else is said; None: one of ASKED."""
     if isinstance(data_source, str) and data_source in GRADERS:
         return GRADERS[data_source], "plain"
     if isinstance(data_source, str) and data_source.startswith("skill/") and data_source[6:] in _skills():
         return grade_text, "plain"
-    return grade_mathematics, "boxed"
+    return grade_mathematics, None
 
 
 GRADERS: dict[str, Grader] = {"palindrome": grade_palindrome}

@@ -86,13 +86,12 @@ def check_file(path: Path) -> pa.Table:
     another type, an empty prompt, a missing ground truth.
     """
     table = _read(Path(path))
-    for name in ("data_source", "prompt", "reward_model"):
-        _require_column(table, name, path)
+    _require_columns(table, ("data_source", "prompt", "reward_model"), path)
     _refuse_taken(table, path)
     _check_text(table.schema.field("data_source").type, "data_source", path)
     _check_prompt_type(table.schema.field("prompt").type, path)
     _check_struct(table.schema.field("reward_model").type, "reward_model", ("ground_truth",), path)
-    _check_index(table.schema, path)
+    _check_extra_info(table.schema, path)
     if table.num_rows == 0:
         raise ValueError(f"{path} has no rows: there is nothing to train or evaluate on. Write at least one row.")
     _check_values(table, path)
@@ -128,23 +127,32 @@ def _leaves(place: str, found: pa.DataType) -> Iterator[tuple[str, pa.DataType]]
         yield place, found
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises ValueError for what Git LFS leaves in the place of a file that it has not fetched."""
+    with path.open("rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a pointer of Git LFS, not the data. Fetch the data (`git lfs pull`).")
+
+
 def _read(path: Path) -> pa.Table:
     if not path.is_file():
         raise ValueError(f"{path} is not there. Name an existing parquet file, or build it (`klreg data --help`).")
+    refuse_pointer(path)
     try:
         return pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read as parquet: {error}. Write it anew, or name the right file."
         ) from error
 
 
-def _require_column(table: pa.Table, name: str, path: Path) -> None:
-    if name not in table.column_names:
+def _require_columns(table: pa.Table, names: Sequence[str], path: Path) -> None:
+    if missing := [name for name in names if name not in table.column_names]:
         found = ", ".join(table.column_names) or "no columns"
+        expected = "; ".join(f"{name}: {SCHEMA.field(name).type}" for name in missing)
         raise ValueError(
-            f"{path} has no column {name!r}; found: {found}. Expected: {name}: {SCHEMA.field(name).type}. "
-            "verl reads this column; write the file in the schema of data_prep/schema.py."
+            f"{path} has no column {', '.join(map(repr, missing))}; found: {found}. Expected: {expected}. "
+            "verl reads these columns; write the file in the schema of data_prep/schema.py."
         )
 
 
@@ -177,16 +185,14 @@ def _check_struct(found: pa.DataType, name: str, text_fields: Sequence[str], pat
         _check_text(found.field(field).type, f"{name}.{field}", path)
 
 
-def _check_index(schema: pa.Schema, path: Path) -> None:
-    """extra_info may be absent; an index in it must be a whole number, because verl keeps it as one."""
+def _check_extra_info(schema: pa.Schema, path: Path) -> None:
+    """extra_info may be absent; what it holds is the user's (verl takes an index of any type: DAPO's is a text)."""
     position = schema.get_field_index("extra_info")
     if position < 0:
         return
     found = schema.field(position).type
     if not pa.types.is_struct(found):
         raise _wrong_type("extra_info", found, EXTRA_INFO, path)
-    if found.get_field_index("index") >= 0 and not pa.types.is_integer(found.field("index").type):
-        raise _wrong_type("extra_info.index", found.field("index").type, "int64", path)
 
 
 def _wrong_type(name: str, found: Any, expected: Any, path: Path) -> ValueError:
@@ -204,5 +210,9 @@ def _check_values(table: pa.Table, path: Path) -> None:
             raise ValueError(f"{path}: row {row} has an empty prompt. The model needs at least one message with text.")
         if reward is None or reward["ground_truth"] is None:
             raise ValueError(f"{path}: row {row} has no reward_model.ground_truth, so no answer to it can be graded.")
+        if not reward["ground_truth"].strip():
+            raise ValueError(
+                f"{path}: row {row} has an empty reward_model.ground_truth: no response is right. Drop the row."
+            )
     if table["data_source"].null_count:
         raise ValueError(f"{path}: {table['data_source'].null_count} rows have no data_source, which names their task.")

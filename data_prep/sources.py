@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.schema import refuse_pointer
+
 SUFFIXES = (".json", ".jsonl", ".parquet")
 HUB = "hub"
 """The source option that stands for the Hub."""
@@ -182,34 +184,41 @@ def _fetch(file: HubFile) -> Path:
 
 
 def _read_parquet(path: Path) -> list[Any]:
+    refuse_pointer(path)
     try:
         return pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as parquet: {error}. Fetch or write it anew.") from error
 
 
 def _read_json(path: Path) -> list[Any]:
     """A JSON list, or one JSON object per line (whatever the suffix: both are found under both)."""
+    refuse_pointer(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}. Fetch or write it anew.") from error
-    if text.startswith("version https://git-lfs"):
-        raise ValueError(f"{path} is a pointer of Git LFS, not the data. Fetch the data (`git lfs pull`).")
     try:
-        found = json.loads(text) if text.lstrip().startswith("[") else _read_lines(text, path)
+        found = json.loads(text) if text.lstrip().startswith("[") else None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}. Fetch or write it anew.") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, a thousand brackets
+        raise ValueError(f"{path}: {error}. Mend that value, or write it as text.") from error
+    found = _read_lines(text, path) if found is None else found
+    if len(found) == 1 and isinstance(found[0], dict) and found[0] and set(map(type, found[0].values())) == {list}:
+        raise ValueError(f"{path} is a table by columns, not by rows. Write one object a row: orient='records'.")
     return found
 
 
 def _read_lines(text: str, path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 and U+0085, which JSON keeps
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}:{number}: not JSON: {error.msg}. Expected a list of objects, or one object per line."
             ) from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: {error}. Mend that value, or write it as text.") from error
     return rows

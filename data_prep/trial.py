@@ -6,6 +6,7 @@ sample to the next. Both show here first.
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import pyarrow as pa
 
 from data_prep.functions import call
 from data_prep.golden import alternatives
+from data_prep.grading.extraction import AnswerFormat, asked_form
 from klreg_verl.core.right import right_or_wrong
 
 TRIED = 64
@@ -29,7 +31,10 @@ class Trial:
 
     rows: int
     right: int
-    """Rows whose ground truth, given as the response, scored higher than an empty response."""
+    """Rows whose ground truth, as a response in the form that the prompt asks for, scored higher than an empty one;
+    where the prompt names no form, alone or in a box."""
+    forms: tuple[str, ...]
+    """The forms of an answer that the prompts ask for (extraction.AnswerFormat)."""
     keys: tuple[str, ...]
     """What it returns; ("score",) for a plain number."""
     slowest: float
@@ -56,24 +61,40 @@ def try_reward(function: Callable[..., Any], table: pa.Table) -> Trial:
             accs, every = [*accs, acc], [*every, scores[kind]]
             slowest = max(slowest, time.perf_counter() - begun)
             keys.add(found)
-        right += max(scores["plain"], scores["boxed"]) > scores["empty"]
+        right += max(scores[kind] for kind in scores if kind not in ("empty", "senseless")) > scores["empty"]
     if len(keys) > 1:
         raise ValueError(
             f"{_name(function)} returns different keys from call to call: {' and '.join(map(str, sorted(keys)))}. verl "
             "takes the keys of the first sample for all. Return the same keys always."
         )
+    forms = tuple(sorted({form for row in rows if (form := _form(row)) is not None}))
     graded = right_or_wrong(accs, every) is None
-    return Trial(rows=len(rows), right=right, keys=keys.pop(), slowest=slowest, graded=graded)
+    return Trial(rows=len(rows), right=right, forms=forms, keys=keys.pop(), slowest=slowest, graded=graded)
 
 
 def _spread(size: int) -> list[int]:
     return sorted({place * (size - 1) // max(min(size, TRIED) - 1, 1) for place in range(min(size, TRIED))})
 
 
+FORMS: dict[str, str] = {
+    "plain": "{}",
+    "boxed": "<think>x</think> The answer is \\boxed{{{}}}.",
+    "hashes": "<think>x</think> So it is this.\n#### {}",
+    "line": "<think>x</think> So it is this.\nAnswer: {}",
+    "answer": "<think>x</think> <answer>{}</answer>",
+}
+"""A response in each form of an answer."""
+
+
+def _form(row: dict[str, Any]) -> AnswerFormat | None:
+    return asked_form("\n".join(str(message["content"]) for message in row["prompt"] if message))
+
+
 def _responses(row: dict[str, Any]) -> dict[str, str]:
     golden = alternatives(row["reward_model"]["ground_truth"])[0]
-    boxed = f"<think>x</think> The answer is \\boxed{{{golden}}}."
-    return {"plain": golden, "boxed": boxed, "empty": "", "senseless": "\x00{{\\boxed{" + "9^" * 50 + "<think>"}
+    form = _form(row)
+    right = {name: FORMS[name].format(golden) for name in ([form] if form else ("plain", "boxed"))}
+    return {**right, "empty": "", "senseless": "\x00{{\\boxed{" + "9^" * 50 + "<think>"}
 
 
 def _score(
@@ -89,12 +110,28 @@ def _score(
     try:
         returned = call(function, Path.cwd(), **given)
     except Exception as error:  # a user's function can fail in any way
+        if not _takes(function, given):
+            raise ValueError(
+                f"{_name(function)}{inspect.signature(function)} does not take verl's call. verl calls a reward as "
+                "f(data_source=..., solution_str=..., ground_truth=..., extra_info=...): define "
+                f"def {_name(function)}(data_source, solution_str, ground_truth, extra_info=None, **options)."
+            ) from error
         raise ValueError(
             f"{_name(function)} raises {type(error).__name__}: {error} for the response {response[:60]!r}. verl then "
             "loses the response without a word, which biases its group. Return a score of 0 instead."
         ) from error
     fields = returned if isinstance(returned, dict) else {"score": returned}
     return _checked_score(function, fields), tuple(sorted(fields)), fields.get("acc")
+
+
+def _takes(function: Callable[..., Any], given: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(function).bind(**given)
+    except TypeError:
+        return False
+    except ValueError:  # some built-in functions have no signature
+        return True
+    return True
 
 
 def _checked_score(function: Callable[..., Any], fields: dict[str, Any]) -> float:

@@ -5,7 +5,10 @@ import math
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import real_data
 
 from data_prep.check import check_model, check_task, check_vocabulary, describe
 from data_prep.palindrome import PalindromeOptions
@@ -188,3 +191,97 @@ def test_the_padding_of_released_models_is_let_through():
     check_vocabulary(Path("model"), 152064, 151665)
     with pytest.raises(ValueError, match="larger than the tokenizer's"):
         check_vocabulary(Path("model"), 262, 261)  # log(262/261) = 0.0038
+
+
+GSM8K = 'Let\'s think step by step and output the final answer after "####".'
+DAPO = 'The last line should be of the form Answer: $Answer. Put your answer on its own line after "Answer:".'
+
+
+def write_asked(path: Path, asked: str, truth: object = "72", index: object = 0) -> Path:
+    rows = [
+        {
+            "data_source": "someones/own",
+            "prompt": [{"role": "user", "content": asked}],
+            "reward_model": {"style": "rule", "ground_truth": truth},
+            "extra_info": {"index": index},
+        }
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("asked", "form"), [(GSM8K, "hashes"), (DAPO, "line"), (r"In \boxed{}.", "boxed"), ("<answer></answer>", "answer")]
+)
+def test_the_trial_answers_as_the_prompt_asks_and_our_reward_reads_it(tmp_path, asked, form):
+    told = describe([write_asked(tmp_path / "x.parquet", asked)])[-1]
+    assert f"in the form that the prompts ask for ({form}), 1 of 1 ground truths score" in told
+
+
+def boxed_only(data_source, solution_str, ground_truth, extra_info=None):
+    return float(rf"\boxed{{{ground_truth}}}" in solution_str)
+
+
+def test_a_reward_that_does_not_read_the_form_that_is_asked_for_is_seen(tmp_path):
+    """The control: the same rows with a reward that reads boxes alone score nothing."""
+    told = describe([write_asked(tmp_path / "x.parquet", GSM8K)], reward="test_data_check:boxed_only")[-1]
+    assert "0 of 1 ground truths score" in told
+
+
+def test_an_index_may_be_of_any_type_that_verl_takes(tmp_path):
+    assert "1 of 1" in describe([write_asked(tmp_path / "x.parquet", DAPO, index="9a6f-uuid")])[-1]
+
+
+@pytest.mark.parametrize(
+    ("truth", "message"),
+    [
+        ("", "row 0 has an empty reward_model.ground_truth"),
+        ("She has 7.\n#### 7", "row 0: the ground truth .* is a solution with its answer after ####"),
+        ("\frac{1}{2}", "row 0: the ground truth .* has the control character"),
+        ({"value": "7"}, "ground_truth is struct<value: string>, but must be string"),
+    ],
+)
+def test_ground_truths_that_no_response_can_equal_are_refused_with_their_row(tmp_path, truth, message):
+    with pytest.raises(ValueError, match=message):
+        describe([write_asked(tmp_path / "x.parquet", "Q", truth)])
+
+
+def test_all_missing_columns_are_named_at_once(tmp_path):
+    pq.write_table(pa.table({"question": ["q"]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="has no column 'data_source', 'prompt', 'reward_model'; found: question"):
+        describe([tmp_path / "x.parquet"])
+
+
+def test_a_tokenizer_without_a_chat_template_gets_two_lines_to_paste_that_help(tmp_path, model):
+    from data_prep.lengths import load_tokenizer
+
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="has no chat template") as told:
+        describe([write_asked(tmp_path / "x.parquet", "Q")], tokenizer=str(model))
+    lines = [line.strip() for line in str(told.value).splitlines() if line.startswith("    ")]
+    exec("from transformers import AutoTokenizer\n" + "\n".join(lines))
+    assert describe([write_asked(tmp_path / "x.parquet", "Q")], tokenizer=str(model))
+    assert load_tokenizer(model).chat_template
+
+
+CASES = {
+    "dapo": "4 of 4",
+    "dapo_intindex": "4 of 4",
+    "gsm8k": "4 of 4",
+    "gsm8k_val": "4 of 4",
+    "skywork": "4 of 4",
+    "gt_empty": "row 0 has an empty",
+    "gt_gsm_raw": "after ####",
+    "orz_dict": "must be string",
+    "prompt_json": "column prompt is string",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_parquet_files_of_public_reports(name):
+    path = real_data.cases(Path("data") / f"{name}.parquet")
+    try:
+        told = describe([path])[-1]
+    except ValueError as error:
+        told = str(error)
+    assert CASES[name] in told

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from real_data import agentica
 
-from data_prep.cache import options_from
+from data_prep.cache import make_folder, options_from
 from data_prep.deepscaler import EXAMPLES, DeepScaleROptions, build, cache, main, planned
 from data_prep.golden import alternatives
 from data_prep.lengths import named_tokenizer, num_tokens
@@ -342,3 +342,20 @@ def test_the_token_limit_of_the_real_files_is_what_counting_each_prompt_gives(re
 def test_every_file_has_the_one_schema(small, tmp_path):
     made(tmp_path / "x", small)
     assert all(check_file(path).schema.equals(SCHEMA) for path in (tmp_path / "x").glob("*.parquet"))
+
+
+def test_answers_that_differ_in_writing_only_are_no_contradiction(tmp_path):
+    texts = [
+        "Find the value of x where a is 7",
+        "Find the value of x where a is 7 ",
+        "FIND THE VALUE OF X WHERE A IS 7",
+    ]
+    rows = [{"problem": text, "answer": answer} for text, answer in zip(texts, ("5", "5.0", "$5$"), strict=True)]
+    rows += [{"problem": f"An altogether other question, number {n}, of many words", "answer": str(n)} for n in (1, 2)]
+    rows += [{"problem": "half \ud83d of a character in a problem", "answer": "9"}]
+    source = tmp_path / "x.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "out").mkdir()
+    make_folder(tmp_path / "out", lambda out: build(DeepScaleROptions(source=str(source), test_size=1), out, quiet))
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["read"]["deepscaler"]["dropped"] == {"of a problem seen before": 2, "no Unicode text": 1}

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from data_prep.grading.extraction import extract, final_text, is_truncated, last_box, last_tag
+from data_prep.grading.extraction import asked_form, extract, final_text, is_truncated, last_box, last_tag
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,33 @@ def test_a_megabyte_of_anything_is_read_in_linear_time(piece):
     for form in ("boxed", "answer", "plain"):
         extract(final_text(text), form)
     assert time.monotonic() - begun < 30  # a hang limit: a pass takes a fraction of a second, a quadratic one hours
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "answer"),
+    [
+        ("hashes", "3+4=7\n#### 7", "7"),
+        ("hashes", "#### Step 1\nso\n#### $1,234$.", "1,234"),
+        ("hashes", "7", None),
+        ("line", "So it is.\nAnswer: 34", "34"),
+        ("line", "**Answer:** $x = 5$.\n", "x = 5"),
+        ("line", "Answer: 1\nno, wait\nanswer : 2\n", "2"),
+        ("line", "the Answer: 5", None),
+    ],
+)
+def test_forms_of_gsm8k_and_dapo(form, text, answer):
+    assert extract(text, form) == answer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "form"),
+    [
+        ('output the final answer after "####".', "hashes"),
+        ('of the form Answer: $Answer. Put your answer on its own line after "Answer:".', "line"),
+        (r"Answer: what is 2+2? Put it within \boxed{}.", "boxed"),
+        ("between <answer> and </answer>", "answer"),
+        ("What is 2+2?", None),
+    ],
+)
+def test_the_form_that_a_prompt_asks_for_is_the_one_that_it_names_last(prompt, form):
+    assert asked_form(prompt) == form

@@ -82,3 +82,37 @@ def test_a_json_list_of_other_things_is_one_answer():
 
 def test_plain_decimals_are_numbers():
     assert [is_number(text) for text in ("12", "-1.5", "1/2", "1e3", "", "x")] == [True, True] + [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("She has 3+4=<<3+4=7>>7.\n#### 7", "7"),
+        ("The answer is $5$", "5"),
+        ("Final answer: \\frac{1}{2}.", "\\frac{1}{2}"),
+        ("$x=5$.", "x=5"),
+        ("5.", "5"),
+        ('["0"]', "0"),
+        ('["a", "b"]', '["a", "b"]'),
+        ("1, 2, 3, ...", "1, 2, 3, ..."),
+    ],
+)
+def test_forms_in_which_published_files_wrap_an_answer(given, answer):
+    assert golden_text(given) == answer
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("\frac{1}{2}", r"control character '\\x0c', where a backslash may have been lost"),
+        ("She buys three apples and then eats two of them", "is prose, and no response is equal to it"),
+        ("half \ud83d", "half of a character"),
+    ],
+)
+def test_what_cannot_be_an_answer_is_refused_with_the_reason(given, why):
+    with pytest.raises(ValueError, match=why):
+        golden_text(given)
+
+
+def test_words_of_a_text_answer_are_no_prose():
+    assert golden_text(r"\text{the circle of radius 2}") == r"\text{the circle of radius 2}"

@@ -190,6 +190,24 @@ def test_lines_are_the_users_messages_where_there_is_a_template(folders, tmp_pat
     assert prompts.read(file, with_template) == [[5, 6, dot, comma], [7, 8, dot, comma]]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "\ufeffab\r\ncd\r\n"),
+        ("p.jsonl", '{"prompt": "ab"}\n{"prompt": "cd"}\n'),
+        ("p.txt", '{"prompt": "ab"}\n\n{"prompt": "cd"}'),
+    ],
+)
+def test_json_lines_and_marks_of_editors_are_read_as_what_they_are(folders, tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    assert prompts.read(tmp_path / name, models.load(folders[0]).tokenizer) == [[5, 6], [7, 8]]
+
+
+def test_a_prompt_may_have_a_line_separator_in_it(folders, tmp_path):
+    (tmp_path / "p.txt").write_text("a\u2028b\ncd\n", encoding="utf-8")
+    assert len(prompts.read(tmp_path / "p.txt", models.load(folders[0]).tokenizer)) == 2
+
+
 def test_parquet_prompts_go_through_the_template(folders, tmp_path):
     file = tmp_path / "p.parquet"
     rows = [[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]]
@@ -209,6 +227,11 @@ def test_parquet_prompts_go_through_the_template(folders, tmp_path):
         (b"\xff\xfe\x00", "p.txt", "neither parquet nor UTF-8 text"),
         (b"abc", "p.parquet", "cannot be read as parquet"),
         (None, "p.txt", "There is no file"),
+        (b'prompt,answer\n"a, b",2\n', "p.csv", "looks like a table with a header"),
+        (b"id;question\n1;ab\n", "p.txt", "looks like a table with a header"),
+        (b'["ab", "cd"]\n', "p.json", r'p\.json:1 has no "prompt"'),
+        (b'["ab",\n "cd"]\n', "p.txt", "looks like a JSON list"),
+        (b'{"prompt": "ab"}\n{"text": "c"}\n', "p.jsonl", r'p\.jsonl:2 has no "prompt"'),
     ],
 )
 def test_prompt_files_that_are_none(pair, tmp_path, content, name, message):

@@ -114,7 +114,7 @@ def test_options_that_there_are_not_are_named_once_and_ignored(caplog):
             assert grade("abba", answer_format="bxoed")["score"] == 1.0
     assert [record.getMessage() for record in caplog.records] == [
         "compute_score has no option 'partial', so it is ignored. There are answer_format, partial_credit, thinks.",
-        "compute_score ignores its options: answer_format: 'bxoed' is not one of plain, boxed, answer.",
+        "compute_score ignores its options: answer_format: 'bxoed' is not one of plain, boxed, answer, hashes, line.",
     ]
 
 

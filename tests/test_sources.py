@@ -45,6 +45,9 @@ def test_parquet_is_read(tmp_path):
         ("x.json", "[1, 2]", "row 0 is int, not an object with a problem and an answer"),
         ("x.json", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS, not the data"),
         ("x.parquet", "no parquet", "cannot be read as parquet"),
+        ("x.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS"),
+        ("x.jsonl", '{"a": 1}\n{"a": ' + "1" * 5000 + "}", r"x\.jsonl:2: Exceeds the limit"),
+        ("x.json", '{"problem": ["a", "b"], "answer": ["1", "2"]}', "a table by columns, not by rows"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path, name, text, message):
@@ -134,3 +137,10 @@ def test_the_hub_is_read_from_its_cache_at_the_pinned_revisions(tmp_path):
 
 def test_revisions_are_whole_commits():
     assert all(len(file.revision) == 40 for file in (HUB_TRAIN, *HUB_SETS.values()))
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u0085", "\x0b"])
+def test_lines_end_at_newlines_alone(tmp_path, mark):
+    rows = [{"problem": f"first line{mark}second line", "answer": "1"}] * 2
+    text = "\n".join(json.dumps(row, ensure_ascii=mark == "\x0b") for row in rows)
+    assert read_rows(write(tmp_path / "x.jsonl", text)) == rows

@@ -88,7 +88,7 @@ def listing(data_source, solution_str, ground_truth, extra_info=None):
         (no_score, "no_score returns score None, which cannot be trained on"),
         (not_finite, "not_finite returns score nan"),
         (listing, r"listing returns parts=\[1.0, 2.0\]: verl averages every key"),
-        (lambda solution: 0.0, "raises TypeError: .*unexpected keyword argument"),
+        (lambda solution: 0.0, r"lambda>\(solution\) does not take verl's call\. .*extra_info=None, \*\*options"),
     ],
 )
 def test_what_verl_would_lose_or_choke_on_is_refused(function, text):

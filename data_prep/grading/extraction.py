@@ -3,14 +3,24 @@
 import re
 from typing import Literal
 
-AnswerFormat = Literal["plain", "boxed", "answer"]
-"""The whole final text; the last balanced \\boxed{...}; what stands between the last <answer> and </answer>."""
+AnswerFormat = Literal["plain", "boxed", "answer", "hashes", "line"]
+"""The whole final text; the last balanced \\boxed{...}; what stands between the last <answer> and </answer>; what
+follows the last "####" (GSM8K); what follows the last "Answer:" that begins a line (DAPO)."""
+ASKED = ("boxed", "hashes", "line", "answer")
+"""Forms that a prompt can ask for, in the order in which they are looked for where nothing says which."""
 CLOSING_MARK = "</think>"
 OPENING_MARK = "<think>"
 _BOX = r"\\{1,2}(?:boxed|fbox)\s*\{"
 _BOX_OPENING = re.compile(_BOX)
 _BRACES = re.compile(rf"{_BOX}|\\.|[{{}}]", re.DOTALL)
 """A box's opening, an escaped character (skipped), a brace; matched from left to right."""
+_LINE = re.compile(r"^[ \t*_>]*answer[ \t*_]*[:：](?P<answer>[^\n]*)", re.IGNORECASE | re.MULTILINE)
+_NAMED: dict[AnswerFormat, re.Pattern[str]] = {
+    "boxed": re.compile(r"\\(?:boxed|fbox)\b"),
+    "hashes": re.compile(r"####"),
+    "line": re.compile(r"answer:", re.IGNORECASE),
+    "answer": re.compile(r"</?answer>"),
+}
 
 
 def final_text(response: str) -> str:
@@ -36,7 +46,31 @@ def extract(text: str, answer_format: AnswerFormat) -> str | None:
     """The answer in final text, None if the form is not there."""
     if answer_format == "plain":
         return text
-    return last_box(text) if answer_format == "boxed" else last_tag(text)
+    return {"boxed": last_box, "answer": last_tag, "hashes": last_hashes, "line": last_line}[answer_format](text)
+
+
+def asked_form(prompt: str) -> AnswerFormat | None:
+    """The form that a prompt asks for: of those that it names the last; None where it names none."""
+    named = {form: max((found.end() for found in mark.finditer(prompt)), default=-1) for form, mark in _NAMED.items()}
+    last = max(named, key=lambda form: named[form])
+    return last if named[last] >= 0 else None
+
+
+def last_hashes(text: str) -> str | None:
+    """The rest of the line after the last "####"."""
+    _, mark, rest = text.rpartition("####")
+    return _bare(rest.partition("\n")[0]) if mark else None
+
+
+def last_line(text: str) -> str | None:
+    """The rest of the last line that begins with "Answer:"."""
+    found = _LINE.findall(text)
+    return _bare(found[-1]) if found else None
+
+
+def _bare(text: str) -> str:
+    """Without a full stop at the end, and without stars and dollar signs around the whole."""
+    return text.strip().removesuffix(".").strip("*$ \t\r")
 
 
 def last_box(text: str) -> str | None:

@@ -305,7 +305,7 @@ def _metric_lines(path: Path, problems: list[str]) -> Iterator[Mapping[str, Any]
     if not path.exists():
         problems.append("metrics.jsonl is missing")
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         row = _parse(line)
         if row is not None:
