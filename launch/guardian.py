@@ -44,6 +44,7 @@ POLL_SECONDS = 0.1
 ENGINE_SECONDS = 20.0
 """How long a driver may go on without a vLLM engine that it had; at a run's normal end it is a few."""
 LOOK_SECONDS = 2.0
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Place:
     """None: Ray's choice."""
     slots: int = 16
     """Ray's CPUs; launch/host.py says how many verl needs."""
-    ip: str = "127.0.0.1"
+    ip: str = LOOPBACK
     """This node's address, as the other nodes reach it. Ray turns the loopback address into the machine's own."""
     head: str | None = None
     """Address of the Ray to join; None: this node is the head."""
@@ -174,7 +175,7 @@ class Guardian:
     def __init__(self, place: Place) -> None:
         self.place = place
         self.folder = Path(tempfile.mkdtemp(prefix="klreg-", dir=self.place.scratch))
-        self.environment = os.environ | session_environment(self.folder, self.place.token)
+        self.environment = os.environ | session_environment(self.folder, self.place)
         self.driver: subprocess.Popen[bytes] | None = None
         self.engines = EngineWatch()
         self.lost: str | None = None
@@ -293,13 +294,15 @@ def _actors(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
-def session_environment(folder: Path, token: str | None = None) -> dict[str, str]:
+def session_environment(folder: Path, place: Place) -> dict[str, str]:
     """Variables that keep this session's Ray and sockets apart from everybody else's on the machine."""
+    alone = place.ip == LOOPBACK and place.head is None
     return {
+        **({"KLREG_LOOPBACK": "1", "VLLM_HOST_IP": LOOPBACK} if alone else {}),
         **temporary_files(folder),
         "KLREG_SESSION_DIR": str(folder),
         "RAY_AUTH_MODE": "token",  # with ~/.ray/auth_token present, Ray >= 2.59 mixes modes and never forms a cluster
-        "RAY_AUTH_TOKEN_PATH": token or str(new_token(folder)),
+        "RAY_AUTH_TOKEN_PATH": place.token or str(new_token(folder)),
         "RAY_TMPDIR": str(folder / "ray"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -310,7 +313,7 @@ def session_environment(folder: Path, token: str | None = None) -> dict[str, str
 
 
 def new_token(folder: Path) -> Path:
-    """A file that lets its readers, who are only this user's processes, into a Ray."""
+    """A file that lets its readers, who are only this user's processes, into Ray."""
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -326,7 +329,11 @@ def temporary_files(folder: Path) -> dict[str, str]:
 
 
 def ray_command(folder: Path, place: Place) -> list[str]:
-    """`ray start` on free ports, as the head or to join it; the token keeps others out."""
+    """`ray start` on free ports, as the head or to join it.
+
+    The token keeps others out of Ray itself. It does not protect what a run opens beside Ray: TransferQueue,
+    torch.distributed and vLLM's HTTP server (on one machine verl_hooks/loopback.py keeps them off the network).
+    """
     ray = Path(sys.executable).with_name("ray")
     command = [str(ray), "start", f"--node-ip-address={place.ip}", f"--temp-dir={folder}", "--disable-usage-stats"]
     command += [f"--num-cpus={place.slots}", *_ports(place)]

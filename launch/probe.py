@@ -6,6 +6,7 @@ detail]. A check that raises says what it raised; the others go on.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import socket
@@ -30,6 +31,7 @@ def main() -> None:
     place = [node["NodeID"] for node in alive]
     checks: list[tuple[str, Callable[[], str]]] = [
         ("nodes", lambda: _nodes(alive, int(nodes), int(workers))),
+        ("private network", lambda: _network(alive)),
         ("shared files", lambda: _shared(Path(folder), place)),
         ("collectives", lambda: _collectives(place, int(workers), platform)),
         ("model without internet", lambda: _model(place, model)),
@@ -53,6 +55,20 @@ def _nodes(alive: list[dict[str, Any]], nodes: int, workers: int) -> str:
     if len(alive) != nodes or few:
         raise RuntimeError(f"{nodes} nodes with {workers} workers each are needed; Ray has {names}")
     return names
+
+
+def _network(alive: list[dict[str, Any]]) -> str:
+    """A warning and no failure: a firewall, which nobody can see from inside, may protect a public address."""
+    public = [
+        node["NodeManagerAddress"] for node in alive if ipaddress.ip_address(node["NodeManagerAddress"]).is_global
+    ]
+    if not public:
+        return "every node's address is private"
+    return (
+        f"WARNING: {', '.join(public)} is a public address. TransferQueue and torch.distributed run what is sent to "
+        "them there, without asking for a password. Be sure that a firewall keeps others out, or give the profile the "
+        "`interface` of a private network"
+    )
 
 
 def _everywhere(place: list[str], function: Any, *each: tuple[Any, ...], gpus: float = 0) -> list[Any]:

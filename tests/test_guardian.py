@@ -345,7 +345,7 @@ def test_rays_own_agents_and_idle_workers_are_no_runs_actors():
 def test_a_session_has_a_token_of_its_own_that_others_cannot_read(tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    first, second = (guardian.session_environment(tmp_path / name) for name in "ab")
+    first, second = (guardian.session_environment(tmp_path / name, guardian.Place()) for name in "ab")
     tokens = [Path(one["RAY_AUTH_TOKEN_PATH"]) for one in (first, second)]
     assert first["RAY_AUTH_MODE"] == "token"
     assert [token.stat().st_mode & 0o777 for token in tokens] == [0o600, 0o600]

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from klreg_verl.experiment import own_code
+from klreg_verl.verl_hooks import loopback
 from klreg_verl.verl_hooks.post_import import after_import
 
 KL_VARIABLE = "KLREG_KL"
@@ -49,6 +50,8 @@ def _forward_environment(module: ModuleType) -> None:
     def with_ours(config: Any = None) -> dict[str, Any]:
         runtime_env = original(config)
         runtime_env["env_vars"].update({name: os.environ[name] for name in FORWARDED if name in os.environ})
+        if loopback.wanted():
+            runtime_env.setdefault("worker_process_setup_hook", loopback.HOOK)
         return runtime_env
 
     module.get_ppo_ray_runtime_env = with_ours
