@@ -1,6 +1,6 @@
 """What verl's forward_step and its backward pass hold of logits, counted by the CPU's allocator, as JSON.
 
-`python logits_process.py`, for tests/test_fit.py. The model is an output head alone. Two things are not a CPU's:
+`python logits_process.py`, for test_logits_held.py. The model is an output head alone. Two things are not a CPU's:
 autocast's float32 softmax and logsumexp, and flash-attn's cross-entropy, which writes its gradient over the logits.
 They stand here as CUDA has them; everything else is verl's and ours.
 """
