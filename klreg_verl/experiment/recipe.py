@@ -282,7 +282,7 @@ def _with_paths(node: Node, keys: Sequence[str]) -> Node:
 
 
 def _model_path(node: Node) -> Any:
-    """A folder (one that starts with . / ~ or exists beside the file) absolute; those of BUILT and hub ids as they are."""
+    """A folder (one that starts with . / ~ or exists beside the file) absolute; BUILT and hub ids as they are."""
     text = node.value
     if not isinstance(text, str) or not text or text in BUILT:
         return text
