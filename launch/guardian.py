@@ -37,6 +37,7 @@ from typing import Any
 
 import psutil
 
+PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_SECONDS = 3.0
 START_SECONDS = 90.0
@@ -72,6 +73,11 @@ class Place:
 def become_subreaper() -> None:
     """Orphans below this process become its children (Linux)."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with_parent() -> None:
+    """In a driver before it starts: were both guardian processes killed at once, nobody else would end it (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def descendants() -> list[psutil.Process]:
@@ -230,7 +236,12 @@ class Guardian:
         self.engines, self.lost = EngineWatch(), None
         with open(log, "ab") as out:
             self.driver = subprocess.Popen(
-                argv, env=self.environment | environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+                argv,
+                env=self.environment | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                preexec_fn=die_with_parent,
             )
 
     def finished_run(self) -> int | None:

@@ -200,6 +200,14 @@ def test_shared_memory_goes_even_if_its_owner_was_killed_long_before(study: Stud
     wait_for(study.is_gone, f"after {ending}: the end")
 
 
+def test_a_driver_dies_when_both_guardian_processes_are_killed_at_once(study: Study):
+    for process in (study.keeper, study.worker):
+        process.suspend()  # neither sees the other go
+    study.worker.kill()
+    study.keeper.kill()
+    wait_for(lambda: not is_alive(study.tree["driver"]), "the driver's end")
+
+
 def test_two_studies_do_not_disturb_each_other(study: Study, tmp_path: Path):
     other = Study(tmp_path / "other")
     try:
