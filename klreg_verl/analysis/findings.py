@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from klreg_verl.analysis import cards, claims, retention, stats
+from klreg_verl.analysis import cards, claims, retention, stats, stopping
 from klreg_verl.analysis.runs import ACCURACY, SCORE
 from klreg_verl.analysis.study import Study
 from klreg_verl.analysis.summary import (
@@ -56,6 +56,7 @@ def findings(study: Study) -> list[Finding]:
         *_claimed(study),
         *_limited(_moved(study), "summary"),
         *_limited(_compared(study), "summary"),
+        *_stopped(study),
         *_varied(study),
         *_predicted(study),
         *_retained(study),
@@ -124,6 +125,13 @@ def _against(group: Group, first: Group) -> str:
 
 def _gap(difference: stats.Estimate) -> str:
     return stats.text(difference, stats.places([difference]), sign=True)
+
+
+def _stopped(study: Study) -> Iterable[Finding]:
+    """Each arm against early stopping at its own KL, in one sentence a task."""
+    for task in study.tasks:
+        if told := stopping.sentence([row for row in study.stopped if row.group.task == task]):
+            yield Finding(text=f"{_task(study, task)}{told}", anchor="stopping")
 
 
 def _varied(study: Study) -> Iterable[Finding]:
