@@ -173,7 +173,7 @@ def _predicted(study: Study) -> Iterable[Finding]:
 
 
 def _retained(study: Study) -> Iterable[Finding]:
-    """The largest fall of a skill in each task."""
+    """The largest fall of a skill in each task, and what it is against the first setting, end against end."""
     for task in study.tasks:
         every = [
             (one.change.mean, group, one)
@@ -185,11 +185,16 @@ def _retained(study: Study) -> Iterable[Finding]:
             _, group, one = min(every, key=lambda each: each[0])
             yield Finding(
                 text=(
-                    f"{_task(study, task)}Skills that were not trained: the lowest change is {_gap(one.change)} "
-                    f"({group.label}, {one.skill}{', interim' if group.is_interim else ''})."
+                    f"{_task(study, task)}Skills that were not trained: the lowest change from the pooled start is {_gap(one.change)} "
+                    f"({group.label}, {one.skill}{', interim' if group.is_interim else ''}){_ends(study, task, one)}."
                 ),
                 anchor="retention",
             )
+
+
+def _ends(study: Study, task: str, one: retention.Retained) -> str:
+    first = study.of_task(task)[0].label
+    return f"; end against end {_gap(one.against)} against {first} (exploratory)" if one.against.num else ""
 
 
 # ---------------------------------------------------------------------------------------------------- cautions

@@ -295,7 +295,7 @@ def retained(study: Study) -> Table:
         name="retention",
         title="Skills that were not trained",
         first="arm",
-        heads=tuple(Head(name=name) for name in ("skill", "before", "after", "change")),
+        heads=tuple(Head(name=name) for name in ("skill", "before", "after", "change", "against the first")),
         lines=tuple(
             Line(
                 label=f"{_label(study.groups, group)}{' (interim)' if group.is_interim else ''}",
