@@ -185,8 +185,9 @@ def _retained(study: Study) -> Iterable[Finding]:
             _, group, one = min(every, key=lambda each: each[0])
             yield Finding(
                 text=(
-                    f"{_task(study, task)}Skills that were not trained: the lowest change from the pooled start is {_gap(one.change)} "
-                    f"({group.label}, {one.skill}{', interim' if group.is_interim else ''}){_ends(study, task, one)}."
+                    f"{_task(study, task)}Skills that were not trained: the lowest change from the pooled start is "
+                    f"{_gap(one.change)} ({group.label}, {one.skill}{', interim' if group.is_interim else ''})"
+                    f"{_ends(study, task, one)}."
                 ),
                 anchor="retention",
             )

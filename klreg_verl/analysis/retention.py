@@ -4,7 +4,8 @@ A retained skill is the metric retention/<skill>, validated before training and 
 end against end, paired by seed. The starting model has one accuracy, which every seed measures anew: the change is from
 the mean of all of them, and never from a run's own noisy start.
 
-An evaluation is evals/<name>.json beside evals/<name>.parquet; one without the other is not shown, since a resumed run takes back the tables of steps that it repeats.
+An evaluation is evals/<name>.json beside evals/<name>.parquet; one without the other is not shown, since a resumed run
+takes back the tables of steps that it repeats.
 """
 
 from __future__ import annotations
