@@ -100,6 +100,34 @@ def test_a_folder_of_another_run_is_refused_with_both_hashes_and_what_differs(fo
     assert folder.spec() == spec
 
 
+def test_a_run_that_failed_before_its_first_step_gives_way_to_the_changed_recipe(
+    folder: RunFolder, spec: RunSpec
+) -> None:
+    folder.create(spec)
+    attempt = folder.new_attempt()
+    changed = replace(spec, seed=spec.seed + 1)
+    with pytest.raises(ValueError, match="holds another run"):  # it may be at its start
+        folder.create(changed)
+    folder.append_metrics(0, {"eval/x/accuracy": 0.5})  # the validation before training is no step
+    folder.set_state("failed", reason="CUDA out of memory")
+    folder.create(changed)
+    assert folder.spec() == changed
+    assert json.loads((attempt / "spec.json").read_text())["hash"] == spec.hash
+
+
+@pytest.mark.parametrize("left", ["a step", "a checkpoint"])
+def test_a_run_that_failed_later_does_not(folder: RunFolder, spec: RunSpec, left: str) -> None:
+    folder.create(spec)
+    folder.new_attempt()
+    folder.set_state("failed", reason="CUDA out of memory")
+    if left == "a step":
+        folder.append_metrics(1, {"train/score": 0.5})
+    else:
+        (folder.checkpoints_dir / "global_step_1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds another run"):
+        folder.create(replace(spec, seed=spec.seed + 1))
+
+
 def test_a_broken_spec_is_refused_and_not_overwritten(folder: RunFolder, spec: RunSpec) -> None:
     folder.spec_path.write_text("{")
     with pytest.raises(ValueError, match="spec.json cannot be read: .* Restore it, or move the run folder away."):

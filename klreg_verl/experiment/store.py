@@ -185,13 +185,18 @@ class RunFolder:
     def create(self, spec: RunSpec) -> None:
         """Makes the folder and writes spec.json; a folder of the same run is taken over, with more steps if asked for.
 
+        So is that of another run that failed before its first step, whose last attempt keeps its spec.json.
+
         Raises ValueError if it holds another run, has done more steps than asked for, or cannot be written.
         """
         self.check(spec)
-        if self.spec() == spec:
+        present = self.spec()
+        if present == spec:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if self.latest.is_dir() and present is not None and present.hash != spec.hash:
+                os.replace(self.spec_path, self.latest / "spec.json")
             write_json(self.spec_path, spec.to_json())
         except OSError as error:
             raise ValueError(
@@ -204,7 +209,7 @@ class RunFolder:
         present = self.spec()
         if present is None:
             return
-        if present.hash != spec.hash:
+        if present.hash != spec.hash and not self.failed_before_a_step():
             changes = "\n".join(f"  {line}" for line in present.differs(spec))
             raise ValueError(
                 f"{self.path} holds another run: its hash is {present.hash[:12]}, the recipe's is {spec.hash[:12]}.\n"
@@ -218,6 +223,11 @@ class RunFolder:
                 f"{self.path} has done {last} steps and train.steps={spec.train.steps} is asked for: a run can be "
                 "extended, not shortened. Ask for more steps, or use another --runs-dir."
             )
+
+    def failed_before_a_step(self) -> bool:
+        """Whether a changed recipe may take its place: nothing was trained here that another run could be taken for."""
+        trained = (self.last_step() or 0) > 0 or any(self.checkpoints_dir.glob("*"))
+        return self.state().status == "failed" and not trained
 
     def is_done(self, spec: RunSpec) -> bool:
         """Whether nothing is left to do: this very run finished, with at least the steps that `spec` asks for."""
