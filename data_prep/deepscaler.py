@@ -30,7 +30,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from data_prep import golden, lengths, overlap, sources, styles
+from data_prep import golden, lengths, overlap, rewards, sources, styles
 from data_prep.cache import (
     Progress,
     cached_folder,
@@ -436,6 +436,7 @@ def _rows(problems: Iterable[Problem], name: str, split: str, options: DeepScale
                 "file": problem.origin,
                 "row": problem.place,
                 "answer_format": "boxed",
+                rewards.PROBLEM: problem.text,
                 **problem.details,
             },
         )

@@ -10,6 +10,7 @@ takes the list of keys from the first sample, every call returns the same ones:
     format_ok    1.0 if the response has the task's form, right or wrong
     truncated    1.0 if the response ended inside its reasoning
     timeout      1.0 if there is no verdict: refused as a bomb, time limit, or its process died
+    echoed       1.0 if the answer repeats a formula of the question, which scores 0 (data_prep/grading/echo.py)
 
 The data_source names the task: "palindrome", "skill/<name>" for a skill of data_prep.skills, and mathematics for
 every other name (deepscaler, aime24, math500, skill/gsm8k, a user's own); there several right answers are a JSON list
@@ -17,6 +18,8 @@ of strings. `graded_as` in the row's meta names another task to be graded as. Th
 for is, in this order: the option `answer_format`; `answer_format` in the row's meta (data_prep/styles.py); the task's
 own. For mathematics that is the first of a box, "#### 72", "Answer: 72" at the beginning of a line and <answer> tags
 that the response has; for the others it is the whole text.
+Whether an answer repeats the question can only be told where the row brings it: as `problem` in the meta of its
+extra_info, which the files of `klreg data deepscaler` do. Rows without it are graded without that.
 Options come by keyword, in verl as reward.custom_reward_function.reward_kwargs: see RewardOptions.
 """
 
@@ -28,6 +31,7 @@ from functools import cache, lru_cache
 from typing import Any, get_args
 
 from data_prep.golden import alternatives
+from data_prep.grading.echo import is_echo
 from data_prep.grading.extraction import ASKED, AnswerFormat, extract, final_text, is_truncated, last_box
 from data_prep.grading.mathematics import judge
 from klreg_verl.experiment.strict import FieldError
@@ -40,6 +44,8 @@ MAX_PRED = 500
 """Characters of an answer that are reported."""
 GRADED_AS = "graded_as"
 """In the meta of a retained row: its data_source before it became skill/<name>."""
+PROBLEM = "problem"
+"""In the meta of a row: the question without what the prompt says around it, which an answer must not repeat."""
 VERLS_ARGUMENTS = ("reward_router_address", "reward_model_tokenizer")
 
 
@@ -53,6 +59,7 @@ class Grade:
     format_ok: float = 0.0
     truncated: float = 0.0
     timeout: float = 0.0
+    echoed: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,8 @@ class RewardOptions:
     partial_credit: bool = False
     """Palindromes: reasoning-gym's 0.05 for a palindrome of other letters and 0.02 for any other text in `score`;
     `acc` stays what is right. It pays for the form: a model can live on it without a right answer."""
+    refuse_echo: bool = True
+    """Mathematics: an answer that repeats a formula of the question is none, where the row brings the question."""
     thinks: bool = False
     """The prompt opens the reasoning (<think> in the chat template): a response without </think> was cut, is counted
     as truncated, and scores 0 whatever it contains."""
@@ -73,7 +82,7 @@ class RewardOptions:
         if self.answer_format not in (None, *get_args(AnswerFormat)):
             known = ", ".join(get_args(AnswerFormat))
             raise FieldError("answer_format", f"{self.answer_format!r} is not one of {known}.")
-        for name in ("partial_credit", "thinks"):
+        for name in ("partial_credit", "refuse_echo", "thinks"):
             if not isinstance(getattr(self, name), bool):
                 raise FieldError(name, f"{getattr(self, name)!r} is neither true nor false.")
 
@@ -91,7 +100,7 @@ def compute_score(
         data_source: names the task.
         solution_str: the response, without the prompt.
         ground_truth: the right answer, or a JSON list of several (mathematics).
-        extra_info: the row's; only `answer_format` and `graded_as` in its `meta` are read.
+        extra_info: the row's; only `answer_format`, `graded_as` and `problem` in its `meta` are read.
         kwargs: RewardOptions; verl's own are ignored, others warned of once.
     """
     response = solution_str if isinstance(solution_str, str) else ""
@@ -112,6 +121,9 @@ def _grade(data_source: Any, response: str, ground_truth: Any, extra_info: Any, 
     text = final_text(response)
     answer = next((found for each in ([form] if form else ASKED) if (found := extract(text, each)) is not None), None)
     grade = Grade() if answer is None else grader(answer, ground_truth, options)
+    problem = str(read_meta(extra_info).get(PROBLEM, "")) if options.refuse_echo else ""
+    if grader is grade_mathematics and is_echo(grade.pred, problem, alternatives(ground_truth)):
+        return Grade(pred=grade.pred, format_ok=grade.format_ok, echoed=1.0)
     return grade
 
 

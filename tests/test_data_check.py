@@ -87,7 +87,7 @@ def test_a_description_says_rows_lengths_rewards_and_what_is_there_twice(data, o
         "note: 10 prompts of again.parquet are in test.parquet too: what is tested was trained on.",
         "longest prompt: 11 tokens of at most 16",
     ]
-    keys = "acc, format_ok, pred, score, timeout, truncated"
+    keys = "acc, echoed, format_ok, pred, score, timeout, truncated"
     expected = (
         f"{files[0]}: our own reward returns {keys}; given as responses, 30 of 30 ground truths score above an empty"
     )

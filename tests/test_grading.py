@@ -152,7 +152,7 @@ def test_nothing_that_a_model_writes_raises_hangs_or_leaves_anything(tmp_path, m
         begun = time.monotonic()
         result = compute_score("deepscaler", response, gold)
         slowest = max(slowest, (time.monotonic() - begun, response[:200]))
-        assert list(result) == ["score", "acc", "pred", "format_ok", "truncated", "timeout"]
+        assert list(result) == ["score", "acc", "pred", "format_ok", "truncated", "timeout", "echoed"]
         assert not (result["score"] and result["timeout"])
         count += 1
         ungraded += result["timeout"] == 1.0

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_data import ROOT
+from real_data import cases
 
 from data_prep.rewards import compute_score
 
@@ -48,14 +48,6 @@ def test_right_ways_to_write_an_answer_are_paid_and_wrong_answers_are_not(kind):
     assert {case for case, found in verdicts.items() if found["timeout"] and case[2]} == set()
 
 
-def shared(name: str) -> Path:
-    """A file of the cases from public reports, which the project does not ship."""
-    path = ROOT.parent / "shared" / "cases" / name
-    if not path.is_file():
-        pytest.skip(f"{path} is not there: it holds cases from public reports")
-    return path
-
-
 def rows_of(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
@@ -77,7 +69,7 @@ def math_verify_alone(row: dict[str, str]) -> bool:
 
 def test_no_wrong_answer_from_public_reports_is_paid_and_few_right_ones_are_lost():
     pytest.importorskip("math_verify", reason="math-verify is not installed (make setup)")
-    rows = rows_of(shared("grading.jsonl"))
+    rows = rows_of(cases("grading.jsonl"))
     verdicts = [(row, ours(row)) for row in rows]
     assert [row for row, right in verdicts if right and row["expected"] == "wrong"] == []
     lost = [row for row, right in verdicts if not right and row["expected"] == "right"]
@@ -106,4 +98,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT.parent / "shared" / "cases" / "grading.jsonl")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else cases("grading.jsonl"))

@@ -12,7 +12,7 @@ from data_prep.grading import mathematics
 from data_prep.grading.pool import Ungraded
 from data_prep.rewards import RewardOptions, compute_score
 
-KEYS = ["score", "acc", "pred", "format_ok", "truncated", "timeout"]
+KEYS = ["score", "acc", "pred", "format_ok", "truncated", "timeout", "echoed"]
 
 
 def grade(response: str, ground_truth: str = "abba", **options) -> dict[str, float | str]:
@@ -113,7 +113,8 @@ def test_options_that_there_are_not_are_named_once_and_ignored(caplog):
             assert grade("abba", reward_router_address="1.2.3.4", partial=True)["score"] == 1.0
             assert grade("abba", answer_format="bxoed")["score"] == 1.0
     assert [record.getMessage() for record in caplog.records] == [
-        "compute_score has no option 'partial', so it is ignored. There are answer_format, partial_credit, thinks.",
+        "compute_score has no option 'partial', so it is ignored. There are answer_format, partial_credit, "
+        "refuse_echo, thinks.",
         "compute_score ignores its options: answer_format: 'bxoed' is not one of plain, boxed, answer, hashes, line.",
     ]
 
@@ -152,7 +153,7 @@ def test_another_skill_is_mathematics():
 @pytest.mark.parametrize("source", ["deepscaler", "aime24", "math500", "minerva", "a_users_own", None, 3])
 def test_every_other_source_is_mathematics_in_a_box(source):
     result = compute_score(source, r"x</think> so \boxed{5.0}", "5")
-    assert result == dict(score=1.0, acc=1.0, pred="5.0", format_ok=1.0, truncated=0.0, timeout=0.0)
+    assert result == dict(score=1.0, acc=1.0, pred="5.0", format_ok=1.0, truncated=0.0, timeout=0.0, echoed=0.0)
 
 
 @pytest.mark.parametrize("response", ["", "5", r"\boxed{}", r"\boxed{5", r"\boxed{5}</think> so 5"])
@@ -291,7 +292,7 @@ def test_a_failure_of_the_grader_itself_is_seen_and_loses_no_response(monkeypatc
 def test_the_keys_and_types_are_always_the_same_whatever_comes(source, response, truth):
     result = compute_score(source, response, truth, {"index": 3}, reward_kwarg=1)
     assert list(result) == KEYS
-    assert [type(value) for value in result.values()] == [float, float, str, float, float, float]
+    assert [type(value) for value in result.values()] == [float, float, str, float, float, float, float]
 
 
 def test_a_long_answer_is_reported_in_short():

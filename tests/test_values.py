@@ -58,7 +58,7 @@ def test_real_answers_have_the_values_that_sympy_gives_them():
     pytest.importorskip("math_verify", reason="math-verify is not installed (make setup)")
     import json
 
-    from math_verify import LatexExtractionConfig, parse
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 
     rows = json.loads((agentica() / "train" / "math.json").read_text())
     answers = sorted({tidy(str(row["answer"])) for row in rows if row["answer"]})
@@ -66,7 +66,7 @@ def test_real_answers_have_the_values_that_sympy_gives_them():
     assert len(read) > 500
     wrong = []
     for text in random.Random(2).sample(read, 200):
-        expression = parse(rf"\boxed{{{text}}}", [LatexExtractionConfig(boxed_match_priority=0)])[0]
+        expression = latex2sympy(text, conversion_config=ConversionConfig(lowercase_symbols=False))
         point = {symbol: value(symbol.name) for symbol in expression.free_symbols}
         if not math.isclose(complex(expression.subs(point).evalf()).real, value(text), rel_tol=1e-6, abs_tol=1e-9):
             wrong.append(text)

@@ -88,11 +88,13 @@ def _prepare() -> None:
 def _parse_in_two_stages() -> None:
     """Makes ANTLR try its fast prediction first, and its full one where that finds an error: the same trees, sooner.
 
-    Its documentation of PredictionMode.SLL says so: either the tree of the full prediction, or a syntax error.
+    Its documentation of PredictionMode.SLL says so: either the tree of the full prediction, or a syntax error. And n
+    stays another symbol than N.
     """
     import math_verify.parser
     from antlr4.atn.ParserATNSimulator import ParserATNSimulator
     from antlr4.atn.PredictionMode import PredictionMode
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
     begin, parse, modes = ParserATNSimulator.__init__, math_verify.parser.latex2sympy, [PredictionMode.LL]
 
@@ -101,6 +103,7 @@ def _parse_in_two_stages() -> None:
         self.predictionMode = modes[-1]
 
     def parse_twice(*arguments: Any, **named: Any) -> Any:
+        named["conversion_config"] = ConversionConfig(lowercase_symbols=False)
         modes.append(PredictionMode.SLL)
         try:
             return parse(*arguments, **named)

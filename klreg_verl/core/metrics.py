@@ -36,6 +36,7 @@ _ROWS = (
         "fraction",
         "responses whose grading ended without a verdict (refused as a bomb, time, memory) and count as wrong",
     ),
+    ("train/echoed", "fraction", "responses whose answer repeats a formula of the question and counts as wrong"),
     ("reward/penalized", "reward", "mean of score - beta * S, S the response-summed charge; the score outside reward"),
     ("response/length", "tokens", "mean number of response tokens"),
     ("response/truncated", "fraction", "responses cut at the token limit"),

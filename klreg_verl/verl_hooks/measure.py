@@ -65,14 +65,20 @@ def reward_metrics(rows: Rows, valid: Tensor | None, max_response_tokens: int) -
     accuracy = {} if valid is None else {"train/accuracy": valid.double().mean().item()}
     lengths = rows.response_mask.sum(-1).double()
     truncated = [float(len(tokens) >= max_response_tokens) for tokens in rows.responses]
-    ungraded = [float(extras["timeout"]) for extras in rows.reward_extras if "timeout" in extras]
     return {
-        **({"train/ungraded": sum(ungraded) / len(ungraded)} if ungraded else {}),
+        **_share("train/ungraded", "timeout", rows),
+        **_share("train/echoed", "echoed", rows),
         **accuracy,
         "train/score": rows.scores.double().mean().item(),
         "response/length": lengths.mean().item(),
         "response/truncated": sum(truncated) / len(truncated),
     }
+
+
+def _share(key: str, extra: str, rows: Rows) -> dict[str, float]:
+    """The mean of what the reward returns as `extra`; nothing where it returns none."""
+    found = [float(extras[extra]) for extras in rows.reward_extras if extra in extras]
+    return {key: sum(found) / len(found)} if found else {}
 
 
 def kl_placement_metrics(rows: Rows, spec: KLSpec, beta: float) -> dict[str, float]:

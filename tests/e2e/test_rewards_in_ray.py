@@ -59,7 +59,7 @@ def test_verls_reward_worker_grades_and_leaves_no_process(manager, session, toke
     assert [grade["acc"] for grade in grades] == [grade["reward"] for grade in grades] == RIGHT
     assert [grade["timeout"] for grade in grades] == TIMEOUTS
     assert {tuple(grade) for grade in grades} == {
-        ("reward", "score", "acc", "pred", "format_ok", "truncated", "timeout")
+        ("reward", "score", "acc", "pred", "format_ok", "truncated", "timeout", "echoed")
     }
     assert graders_end(session)
 
