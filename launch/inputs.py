@@ -9,21 +9,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-from data_prep import smollm2
+from data_prep import tiny_options
 from data_prep.cache import Progress, options_from
+from klreg_verl.experiment import strict
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.recipe import KLBlock, ModelSpec
-from klreg_verl.experiment.settings import SMOLLM2
 from klreg_verl.experiment.store import cache_root, run_folder
 from klreg_verl.verl_hooks.overrides import Files
 from launch import gpu, retained
-
-if TYPE_CHECKING:
-    from data_prep.tiny_model import TinyModelOptions
 
 Note = Callable[[str], None]
 
@@ -52,20 +49,10 @@ def planned_files(spec: RunSpec, runs_dir: Path) -> Files:
         train, val = data / "train.parquet", data / "test.parquet"
     model = Path(spec.model.path)
     if spec.model.path == "tiny":
-        model = _planned_tiny_model(spec.model, cache)
-    if spec.model.path == SMOLLM2:
-        model = smollm2.planned(cache)
+        options = options_from(tiny_options.TinyModelOptions, spec.model.options, "options")
+        model = tiny_options.planned(options, cache)
     skills = retained.planned(spec, val, cache)
     return Files(train=train, val=val, retention=skills, model=model, checkpoints=_checkpoints(spec, runs_dir))
-
-
-def _planned_tiny_model(model: ModelSpec, cache: Path) -> Path:
-    """The tiny model's cache folder; its name alone where the packages that make it are not installed."""
-    try:
-        from data_prep import tiny_model
-    except ImportError:
-        return cache / "tiny-model"
-    return tiny_model.planned(options_from(tiny_model.TinyModelOptions, model.options, "options"), cache)
 
 
 def _checkpoints(spec: RunSpec, runs_dir: Path) -> Path:
@@ -75,14 +62,8 @@ def _checkpoints(spec: RunSpec, runs_dir: Path) -> Path:
 def kl_yaml(spec: RunSpec) -> str:
     """The run's KL block as the file that KLREG_KL names; JSON is YAML. What is as by default is left out."""
     block = KLBlock(kl=spec.kl, reference=spec.reference, probes=spec.probes, alarms=spec.alarms)
-    return json.dumps({"kl": {"placement": spec.kl.placement}, **_written(block)}, indent=1) + "\n"
-
-
-def _written(section: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not as by default, dataclasses inside them likewise."""
-    changed = {entry.name: getattr(section, entry.name) for entry in fields(section)}
-    changed = {name: value for name, value in changed.items() if value != getattr(type(section)(), name)}
-    return {name: _written(value) if is_dataclass(value) else value for name, value in changed.items()}
+    written = strict.away_from_default(block, asdict(block))
+    return json.dumps({"kl": {"placement": spec.kl.placement}, **written}, indent=1) + "\n"
 
 
 def task_files(spec: RunSpec, cache: Path, note: Note) -> tuple[Path, Path]:
@@ -123,11 +104,9 @@ def model_folder(model: ModelSpec, cache: Path, note: Note) -> Path:
     if model.path == "tiny":
         from data_prep import tiny_model
 
-        options = options_from(tiny_model.TinyModelOptions, model.options, "model.options")
+        options = options_from(tiny_options.TinyModelOptions, model.options, "model.options")
         build = _apart if options.device == "cuda" else tiny_model.cache
         return build(options, cache, _reporter(note, "tiny model"))
-    if model.path == SMOLLM2:
-        return smollm2.cache(cache, _reporter(note, "SmolLM2"))
     if Path(model.path).is_absolute():
         return Path(model.path)
     from huggingface_hub import snapshot_download
@@ -136,15 +115,13 @@ def model_folder(model: ModelSpec, cache: Path, note: Note) -> Path:
     return Path(snapshot_download(model.path, revision=model.revision))
 
 
-def _apart(options: TinyModelOptions, cache: Path, report: Progress) -> Path:
+def _apart(options: tiny_options.TinyModelOptions, cache: Path, report: Progress) -> Path:
     """The tiny model, trained in a process of its own: this one would keep a CUDA context, and gigabytes, for good.
 
     Raises:
         ValueError: it could not be made, and why.
     """
-    from data_prep import tiny_model
-
-    folder = tiny_model.planned(options, cache)
+    folder = tiny_options.planned(options, cache)
     if folder.exists():
         return folder
     command = [sys.executable, "-P", "-m", "launch.inputs", json.dumps(asdict(options)), str(cache)]
@@ -178,7 +155,7 @@ def main() -> None:
 
     out, sys.stdout = sys.stdout, sys.stderr  # libraries that print
     try:
-        options = options_from(tiny_model.TinyModelOptions, json.loads(sys.argv[1]), "model.options")
+        options = options_from(tiny_options.TinyModelOptions, json.loads(sys.argv[1]), "model.options")
         tiny_model.cache(options, Path(sys.argv[2]), lambda *told: print(json.dumps(told), file=out, flush=True))
     except ValueError as error:
         sys.exit(str(error))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_prep import retention
 from data_prep.cache import options_from
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.settings import SkillSpec
@@ -18,6 +17,8 @@ def planned(spec: RunSpec, val: Path, cache: Path) -> tuple[Path, ...]:
     """Where the files are or will be; makes nothing."""
     if not spec.retention.skills:
         return ()
+    from data_prep import retention
+
     columns = retention.columns_like(val)
     return tuple(_planned(spec, name, skill, columns, cache) for name, skill in spec.retention.skills.items())
 
@@ -29,6 +30,8 @@ def build(spec: RunSpec, val: Path, model: Path, cache: Path, note: Note) -> tup
     """
     if not spec.retention.skills:
         return ()
+    from data_prep import retention
+
     columns = retention.columns_like(val)
     for name, skill in spec.retention.skills.items():
         _build(spec, name, skill, columns, cache, note)
@@ -63,7 +66,7 @@ def _check_lengths(files: tuple[Path, ...], model: Path, max_prompt_tokens: int)
 
 def _planned(spec: RunSpec, name: str, skill: SkillSpec, columns: Any, cache: Path) -> Path:
     """A built-in skill's own file where its columns are the task's, else a copy that has them."""
-    from data_prep import skills
+    from data_prep import retention, skills
     from data_prep.schema import SCHEMA
 
     source = retention.identity(Path(skill.val)) if skill.val is not None else ""
@@ -76,7 +79,7 @@ def _planned(spec: RunSpec, name: str, skill: SkillSpec, columns: Any, cache: Pa
 
 
 def _build(spec: RunSpec, name: str, skill: SkillSpec, columns: Any, cache: Path, note: Note) -> None:
-    from data_prep import skills
+    from data_prep import retention, skills
     from data_prep.schema import SCHEMA
 
     def told(done: int, total: int, text: str) -> None:

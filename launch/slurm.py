@@ -15,13 +15,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import atomic_write, cache_root, run_folder, write_json
-from launch import gpu, inputs, preflight
 from launch import job as job_script
 from launch.job_folder import PRIVATE, Job, Submitted, new_folder, runs_of, submissions
 from launch.profile import Profile, seconds
@@ -535,11 +534,13 @@ def _sbatch(option: str, script: Path) -> str:
         raise ValueError(f"Slurm does not take the job. {error}") from error
 
 
-def prepare(specs: Sequence[RunSpec], profile: Profile, runs_dir: Path, note: inputs.Note) -> None:
+def prepare(specs: Sequence[RunSpec], profile: Profile, runs_dir: Path, note: Callable[[str], None]) -> None:
     """Build or fetch data and models here, where there is internet; what cannot work is told first.
 
     Software is looked at where this environment is the job's.
     """
+    from launch import gpu, inputs, preflight  # heavy, and `klreg status` does not need them
+
     if profile.container.kind == "none" and profile.venv is None:
         preflight.check_software()
         if profile.platform == "cuda":

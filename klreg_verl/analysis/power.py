@@ -12,15 +12,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from klreg_verl.analysis import claims as verdicts
-from klreg_verl.analysis import stats
-from klreg_verl.analysis.endpoints import endpoint
-from klreg_verl.analysis.runs import Run
 from klreg_verl.core import statistics
 from klreg_verl.core.statistics import LEVEL, POWER, Paired, paired
 from klreg_verl.experiment.claims import ACHIEVED_KL, ClaimSpec
+
+if TYPE_CHECKING:
+    from klreg_verl.analysis.runs import Run
+
+# What reads runs is imported inside the functions: it imports pandas, and `klreg plan` of a new recipe has no runs.
 
 SEEDS = (3, 4, 5, 6, 8, 10, 12, 16, 20)
 DEFAULT_METRICS = ("train/accuracy", ACHIEVED_KL, "entropy/token", "diversity/coverage")
@@ -48,6 +49,8 @@ def spreads(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> list[S
     Raises:
         ValueError: a metric is named that no run has recorded.
     """
+    from klreg_verl.analysis.endpoints import endpoint
+
     recorded = sorted({str(key) for run in runs for key in run.training})
     if unknown := [metric for metric in metrics or () if all(math.isnan(endpoint(run, metric)) for run in runs)]:
         raise ValueError(f"No run has recorded {unknown[0]}. Recorded are: {', '.join(recorded)}.")
@@ -63,6 +66,8 @@ def spreads(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> list[S
 
 
 def _of_task(runs: Sequence[Run], task: str, metric: str) -> list[Spread]:
+    from klreg_verl.analysis.endpoints import endpoint
+
     labels = list(dict.fromkeys(run.label for run in runs))
     values = {label: {run.seed: endpoint(run, metric) for run in runs if run.label == label} for label in labels}
     found = [
@@ -268,9 +273,15 @@ def _at_last_look(claim: ClaimSpec, question: Question) -> dict[str, Any]:
 def _claim_line(name: str, claim: ClaimSpec, row: Mapping[str, float], runs: Sequence[Run]) -> str:
     head = f"claim {name}: {claim.metric} of {claim.contrast[0]} minus {claim.contrast[1]}, margin ±{claim.margin:g}"
     head += f", looks at {', '.join(map(str, claim.looks))} seeds" if claim.looks else ""
+    general = f"{head}: equivalence can be shown if the sd is at most {claim.margin / row['margin']:.3g}"
+    if not runs:
+        return general
+    from klreg_verl.analysis import claims as verdicts
+    from klreg_verl.analysis import stats
+
     comparison = verdicts.compare(runs, claim)
     if not comparison.is_testable:
-        return f"{head}: equivalence can be shown if the sd is at most {claim.margin / row['margin']:.3g}"
+        return general
     limit = statistics.sd_limit(comparison.sd, comparison.num - 1)
     places = stats.decimals([limit * row["difference"]])
     sees = stats.number(limit * row["difference"], places)

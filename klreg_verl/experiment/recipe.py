@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from klreg_verl.experiment import claims as claiming
-from klreg_verl.experiment import logged, strict, verl_keys
+from klreg_verl.experiment import logged, strict, verdicts, verl_keys
 from klreg_verl.experiment.claims import ClaimSpec
 from klreg_verl.experiment.kl_settings import LOSS_ONLY, REWARD_ONLY, AlarmsSpec, KLSpec, ProbesSpec, ReferenceSpec
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.settings import (
-    BUILT,
     DOTTED,
     SECTIONS,
     EvalSpec,
@@ -41,7 +40,6 @@ from klreg_verl.experiment.settings import (
     SaveSpec,
     Settings,
     SkillSpec,
-    StallSpec,
     TaskSpec,
     TrainSpec,
 )
@@ -65,7 +63,6 @@ __all__ = [
     "SaveSpec",
     "Settings",
     "SkillSpec",
-    "StallSpec",
     "TaskSpec",
     "TrainSpec",
     "check_claims",
@@ -174,14 +171,21 @@ def check_kl(kl: KLSpec, place: str, policy_aggregation: str) -> None:
 
     `policy_aggregation` is the policy loss's, which a charge in the reward goes through.
 
-    Imports klreg_verl.doctor, and so torch, only here: recipes load without it.
+    The doctor, and so torch, is imported only where it has not judged this block before.
     """
-    from klreg_verl import doctor
 
-    try:
-        doctor.check_claim(kl, policy_aggregation)
-    except ValueError as error:
-        raise ConfigError([f"{place}: {error}"]) from error
+    def judged() -> str | None:
+        from klreg_verl import doctor
+
+        try:
+            doctor.check_claim(kl, policy_aggregation)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    refusal = verdicts.about(kl, {"asked": "check", "policy_aggregation": policy_aggregation}, judged)
+    if refusal is not None:
+        raise ConfigError([f"{place}: {refusal}"])
 
 
 def check_claims(recipe: Recipe) -> None:
@@ -282,9 +286,9 @@ def _with_paths(node: Node, keys: Sequence[str]) -> Node:
 
 
 def _model_path(node: Node) -> Any:
-    """A folder (one that starts with . / ~ or exists beside the file) absolute; BUILT and hub ids as they are."""
+    """A folder (one that starts with . / ~ or exists beside the file) absolute; `tiny` and hub ids as they are."""
     text = node.value
-    if not isinstance(text, str) or not text or text in BUILT:
+    if not isinstance(text, str) or not text or text == "tiny":
         return text
     target = node.folder / Path(text).expanduser()
     return str(target.resolve()) if text[0] in "./~" or target.is_dir() else text
