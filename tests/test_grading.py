@@ -29,7 +29,6 @@ math_verify = pytest.importorskip("math_verify", reason="math-verify is not inst
 
 HANG_SECONDS = 60.0
 """Far from what a call takes, which has two seconds, and from what a hang would."""
-RESPONSES = 2400
 FILES = ("train/aime", "train/math", "test/aime", "test/amc", "test/math", "test/minerva", "test/olympiad_bench")
 
 SEEDS = [
@@ -104,15 +103,15 @@ def wrapped(answer: str, rng: random.Random) -> str:
     return rng.choice(forms).replace("%s", answer)
 
 
-def fuzz(path: Path) -> Iterator[tuple[str, str]]:
-    """Right answers and responses: RESPONSES of them, the same every time."""
+def fuzz(path: Path, count: int) -> Iterator[tuple[str, str]]:
+    """Right answers and responses: `count` of them, the same every time."""
     rng = random.Random(4)
     fixed = [*BOMBS, *(code.format(path=path) for code in CODE), *("{" * 2**20, r"\boxed{" * 2**17, "1+" * 2**19)]
     for answer in fixed:
         yield rng.choice(SEEDS), rf"\boxed{{{answer}}}"
     for _ in range(8):
         yield rng.choice(SEEDS), "".join(rng.choices(PIECES, k=2**18))
-    for _ in range(RESPONSES - len(fixed) - 8):
+    for _ in range(count - len(fixed) - 8):
         answer = mutated(rng) if rng.random() < 0.7 else "".join(rng.choices(PIECES, k=rng.randint(0, 40)))
         yield rng.choice(SEEDS), wrapped(answer, rng)
 
@@ -141,14 +140,15 @@ def start() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_nothing_that_a_model_writes_raises_hangs_or_leaves_anything(tmp_path, monkeypatch):
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("responses", [600, pytest.param(2400, marks=pytest.mark.full(minutes=2))])
+def test_nothing_that_a_model_writes_raises_hangs_or_leaves_anything(tmp_path, monkeypatch, responses):
     monkeypatch.chdir(tmp_path)
     start()
     verified, watch = _verified.cache_info().misses, Watch()
     watch.start()
     count, ungraded, slowest = 0, 0, (0.0, "")
-    for gold, response in fuzz(tmp_path / "made"):
+    for gold, response in fuzz(tmp_path / "made", responses):
         begun = time.monotonic()
         result = compute_score("deepscaler", response, gold)
         slowest = max(slowest, (time.monotonic() - begun, response[:200]))
@@ -161,11 +161,11 @@ def test_nothing_that_a_model_writes_raises_hangs_or_leaves_anything(tmp_path, m
     most = watch.largest / 2**20
     print(f"\n{count} responses, {verified} verified, {ungraded} ungraded")
     print(f"slowest {slowest[0]:.2f} s, most memory {most:.0f} MiB")
-    assert count >= 2000
+    assert count == responses
     assert slowest[0] < HANG_SECONDS, slowest[1]
     assert 0 < watch.largest < worker.MEMORY_BYTES + 300 * 2**20  # and what the program itself takes
     assert list(tmp_path.iterdir()) == []
-    assert verified > 100 and ungraded > 5  # the responses reached every part of the grader
+    assert verified > responses // 24 and ungraded > 5  # the responses reached every part of the grader
     assert compute_score("deepscaler", r"\boxed{x+1}", "1+x")["score"] == 1.0
 
 
