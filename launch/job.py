@@ -13,6 +13,7 @@ Nobody calls `ray stop` here, which would end the Ray of any other job of this u
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -232,7 +233,7 @@ def end_steps(steps):
 
 def replace_file(path, text):
     """Old or new content, nothing else."""
-    temporary = path.with_name("." + path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     temporary.write_text(text)
     os.replace(str(temporary), str(path))
 

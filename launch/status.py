@@ -13,13 +13,22 @@ from launch import slurm
 
 Row = dict[str, Any]
 REFRESH_SECONDS = 2.0
-OVER = ("done", "failed", "conflict")
+OVER = ("done", "failed", "conflict", "damaged")
 
 
 def rows(specs: Sequence[RunSpec], runs_dir: Path) -> list[Row]:
     """A row for each run. Where Slurm is not here, or does not answer, its columns are empty."""
     tasks = queue(specs, runs_dir)
-    return [with_slurm(row(spec, runs_dir), tasks.get(spec.run_id)) for spec in specs]
+    return [with_slurm(_row(spec, runs_dir), tasks.get(spec.run_id)) for spec in specs]
+
+
+def _row(spec: RunSpec, runs_dir: Path) -> Row:
+    """One run, or what is wrong with its folder: a damaged one hides no other."""
+    try:
+        return row(spec, runs_dir)
+    except (ValueError, OSError) as error:
+        unknown = {"step": 0, "steps": spec.train.steps, "attempt": 0, "accuracy": None, "score": None, "kl": None}
+        return {"run_id": spec.run_id, "hash": spec.hash[:12], "status": "damaged", **unknown, "reason": str(error)}
 
 
 def queue(specs: Sequence[RunSpec], runs_dir: Path) -> dict[str, slurm.Task]:

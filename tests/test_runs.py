@@ -4,11 +4,13 @@ import json
 import os
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from run_folders import write_run, write_study
 
-from klreg_verl.analysis import runs
-from klreg_verl.experiment.store import RunFolder
+from klreg_verl.analysis import report, runs, samples
+from klreg_verl.experiment.store import RunFolder, write_json
 
 
 def test_a_run_is_known_by_its_path(tmp_path):
@@ -141,3 +143,100 @@ def test_alarms_are_listed_with_their_steps_and_a_saturated_beta_among_them(tmp_
     rows[2]["alarm/kl_above"] = rows[4]["alarm/kl_above"] = 1.0
     run = runs.read_run(write_run(tmp_path, "arm", rows=rows), tmp_path)
     assert run.alarms == {"beta saturated": [3], "kl_above": [2, 4]}
+
+
+# ---------------------------------------------------------------------------------------------------- damage
+
+
+def sampled(folder, name="sound", **more):
+    """A run with samples of step 1 and 2."""
+    write_run(folder, name, [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}], **more)
+    (run,) = [run for run in runs.load(folder) if run.arm == name]
+    columns = {"group": "0", "prompt": "p", "response": "r" * 500, "valid": True, "answer": "a"}
+    for step in (1, 2):
+        rows = [{"step": step, "sample": sample, "score": 1.0, **columns} for sample in range(4)]
+        RunFolder(run.path).write_samples(step, pa.Table.from_pylist(rows))
+    return run.path
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    for place in range(4, 60):
+        data[place] ^= 0xFF
+    path.write_bytes(data)
+
+
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
+
+
+LINE = '{"step": 3, "x": %s}\n'
+DAMAGE = {
+    "a whole number of 400 digits": ("metrics.jsonl", lambda p: p.write_text(LINE % ("9" * 400)), ""),
+    "a step of 400 digits": (
+        "metrics.jsonl",
+        lambda p: p.write_text('{"step": 1, "x": 1}\n{"step": %s}\n' % ("9" * 400)),
+        "the last line is torn",
+    ),
+    "a thousand brackets": ("metrics.jsonl", lambda p: p.write_text("[" * 100_000 + "\n"), "is torn"),
+    "NaN and infinity": ("metrics.jsonl", lambda p: p.write_text(LINE % "NaN" + LINE % "-Infinity"), ""),
+    "metrics that are a folder": ("metrics.jsonl", folder_instead, "metrics.jsonl is a folder, not a file"),
+    "a state that is a folder": ("state.json", folder_instead, "state.json cannot be read (Is a directory)"),
+    "an empty state": ("state.json", lambda p: p.write_text(""), "state.json is not JSON"),
+    "a spec that is a list": ("spec.json", lambda p: p.write_text("[1]"), "spec.json holds no JSON object"),
+    "flipped bytes": ("samples/step_000002.parquet", flip, "samples/step_000002.parquet is damaged ("),
+    "a torn file": ("samples/step_000002.parquet", lambda p: p.write_bytes(p.read_bytes()[:-3]), "is torn"),
+    "samples that are a folder": ("samples/step_000002.parquet", folder_instead, "is a folder, not a file"),
+    "missing columns": (
+        "samples/step_000002.parquet",
+        lambda p: pq.write_table(pa.table({"prompt": ["p"]}), p),
+        "has no column group, response, valid, answer",
+    ),
+    "a link to itself": ("metrics.jsonl", lambda p: (p.unlink(), p.symlink_to(p)), "metrics.jsonl is missing"),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "told"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_a_sentence_and_hides_no_other_run(tmp_path, name, damage, told):
+    sampled(tmp_path)
+    damage(sampled(tmp_path, "broken") / name)
+    found = {run.arm: run for run in runs.load(tmp_path)}
+    assert found["sound"].problems == () and set(samples.stored_steps(found["sound"])) == {1, 2}
+    assert any(told in problem for problem in found["broken"].problems) if told else True
+
+
+def test_a_report_of_damaged_runs_names_each_and_shows_the_sound_one(tmp_path):
+    sampled(tmp_path)
+    for number, (name, damage, _) in enumerate(DAMAGE.values()):
+        damage(sampled(tmp_path, f"broken{number}") / name)
+    written = report.write_report(tmp_path)
+    assert "sound" in written.summary.read_text()
+    assert all(told in written.markdown.read_text() for _, _, told in DAMAGE.values())
+
+
+def test_links_without_an_end_are_not_followed(tmp_path):
+    folder = sampled(tmp_path)
+    (folder.parent / "up").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    assert [run.arm for run in runs.load(tmp_path)] == ["sound"]
+
+
+def test_a_seed_of_twenty_digits_is_a_seed(tmp_path):
+    seed = 10**20 - 1
+    write_run(tmp_path, "none", [{"step": 1, "x": 1.0}], seed=seed)
+    (run,) = runs.load(tmp_path)
+    runs.write_long_table([run], tmp_path / "long.csv")
+    assert (
+        run.seed == seed
+        and (tmp_path / "long.csv").read_text().splitlines()[1] == f"none,palindrome,,{seed},done,1,x,1"
+    )
+
+
+def test_a_run_that_says_done_and_whose_metrics_end_before_is_not_done(tmp_path):
+    write_run(tmp_path, "short", [{"step": 1, "x": 1.0}], steps=3)
+    (run,) = runs.load(tmp_path)
+    write_json(run.path / "state.json", {"status": "done", "step": 3})
+    (run,) = runs.load(tmp_path)
+    assert run.status == "interrupted" and not run.is_done
+    assert "it says done at step 3, and metrics.jsonl ends at step 1" in run.problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,7 @@ def test_how_the_newest_job_ended_is_said_of_runs_that_it_left_undone(tmp_path: 
     assert (row["job"], row["slurm"]) == ("", "")  # nothing will go on with it
     squeue(tmp_path, monkeypatch, code=1, error="slurm_load_jobs error: Invalid job id specified")
     assert status.rows([one], tmp_path)[0]["reason"] == f"node b was lost; job 9_0 over: {last}"
+    RunFolder(tmp_path / "study" / one.run_id).append_metrics(40, {})
     RunFolder(tmp_path / "study" / one.run_id).set_state("done", step=40)
     assert status.rows([one], tmp_path)[0]["reason"] == ""
 
@@ -108,8 +110,33 @@ def test_a_live_table_ends_when_every_run_is_over(tmp_path: Path, one: RunSpec, 
 
     def look() -> list[status.Row]:
         found = status.rows([one], tmp_path)
-        folder.set_state("done", step=40)  # meanwhile
+        folder.append_metrics(40 + len(shown), {})  # meanwhile
+        folder.set_state("done", step=40)
         return found
 
     status.watch(look, lambda rows: shown.append(rows[0]["status"]))
     assert shown == ["interrupted", "done"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: folder.state_path.write_text(""),
+        lambda folder: folder.state_path.write_text('{"status": "done", "step": "x"}'),
+        lambda folder: folder.metrics_path.write_text('{"step": NaN}\n'),
+        lambda folder: folder.spec_path.write_text("[]"),
+        lambda folder: (folder.metrics_path.unlink(), folder.metrics_path.mkdir()),
+    ],
+    ids=["empty state", "state of text", "step that is no number", "spec", "folder"],
+)
+def test_one_damaged_run_hides_no_other(tmp_path: Path, one: RunSpec, damage):
+    other = replace(one, seed=one.seed + 1)
+    broken = RunFolder(tmp_path / "study" / other.run_id)
+    broken.create(other)
+    broken.append_metrics(1, {"x": 1.0})
+    broken.set_state("running", step=1)
+    damage(broken)
+    sound, damaged = status.rows([one, other], tmp_path)
+    assert (sound["status"], sound["step"]) == ("interrupted", 3)
+    assert damaged["status"] == "damaged" and str(broken.path) in damaged["reason"]
+    assert "damaged" in status.line(damaged)

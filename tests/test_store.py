@@ -416,3 +416,21 @@ def test_a_writer_killed_at_random_instants_goes_on_where_it_was(folder: RunFold
         state = folder.state()
         assert state.status == "interrupted" and state.step in (len(steps), len(steps) - 1)
         last = len(steps)
+
+
+def test_a_done_run_whose_metrics_are_short_is_not_done(folder: RunFolder, spec: RunSpec) -> None:
+    made = replace(spec, train=replace(spec.train, steps=3))
+    for step in (1, 2):
+        folder.append_metrics(step, {"x": 1.0})
+    folder.set_state("done", step=3, steps=3)
+    assert not folder.is_done(made)
+    folder.append_metrics(3, {"x": 1.0})
+    assert folder.is_done(made)
+
+
+def test_two_processes_that_write_one_file_never_share_a_name(tmp_path: Path) -> None:
+    with store.replacing(tmp_path / "x") as one, store.replacing(tmp_path / "x") as other:
+        assert one != other and str(os.getpid()) in one.name
+        one.write_text("one")
+        other.write_text("other")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "one"

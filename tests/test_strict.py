@@ -175,3 +175,33 @@ def test_plain_values_build_the_same_as_text() -> None:
 def test_a_field_error_alone_names_its_field() -> None:
     with pytest.raises(ValueError, match=r"rate: -1.0 is negative\."):
         Inner(rate=-1.0)
+
+
+ALIASES = 'a: &a ["x","x","x","x","x","x","x","x","x"]\n' + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+BOMBS = {
+    "aliases": (ALIASES, r"f\.yaml:[1-9]: [b-i].*: more than 10,000 values"),
+    "depth of lists": ("a: " + "[" * 100_000, r"f\.yaml:1: not valid YAML: nested deeper than 50 levels"),
+    "depth of mappings": ("".join(f"{' ' * n}a:\n" for n in range(300)), r"f\.yaml:\d+: .*nested deeper than 50"),
+    "size": ("a: 1\n" * 10**6, r"f\.yaml:26215: longer than 128 KiB from here on"),
+    "a long number": (f"a: 1\nb: {'1' * 5000}", r"f\.yaml:2: b: Exceeds the limit"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BOMBS.values(), ids=BOMBS)
+@pytest.mark.timeout(60)
+def test_bombs_are_refused_with_file_and_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(text)
+
+
+def test_as_many_values_and_as_deep_as_a_recipe_ever_has_are_read() -> None:
+    deep = "".join(f"{' ' * n}a:\n" for n in range(40))
+    wide = "a: [" + ",".join(["1"] * 5_000) + "]"
+    assert parse(deep).value and len(parse(wide).value["a"].value) == 5_000
+
+
+def test_infinity_is_no_whole_number_and_gets_no_advice_that_leads_nowhere() -> None:
+    with pytest.raises(ConfigError, match=r"expected a whole number, got inf\.$"):
+        strict.build(Outer, parse("name: x\ncount: 1e999"))

@@ -14,7 +14,6 @@ The same run folders give the same bytes. An anonymous report has no host, path 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from klreg_verl.analysis.summary import (
     summary_table,
     unfinished,
 )
-from klreg_verl.experiment.store import spreadsheet_text
+from klreg_verl.experiment.store import replacing, spreadsheet_text
 
 FINDINGS = ("<!-- findings: written by a person, kept by the generator -->", "<!-- end of findings -->")
 MAX_LINES = 15
@@ -108,9 +107,8 @@ def _write_tables(study: Study, folder: Path) -> None:
     summary |= {"diversity": study.variety.per_run} if study.variety.rows else {}
     for name, table in summary.items():
         _write(folder / f"{name}.csv", table.map(spreadsheet_text).to_csv(index=False, lineterminator="\n"))
-    temporary = folder / ".metrics_long.csv.tmp"
-    write_long_table(study.runs, temporary)
-    os.replace(temporary, folder / "metrics_long.csv")
+    with replacing(folder / "metrics_long.csv") as temporary:
+        write_long_table(study.runs, temporary)
     (folder / "tables").mkdir(exist_ok=True)
     made = {f"{table.name}.tex": tables.latex(table) for table in tables.all_tables(study)}
     for name, text in made.items():
@@ -191,9 +189,8 @@ def markdown_text(study: Study, drawn: Sequence[str], written: str = "") -> str:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _write_figures(study: Study, folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.json
+import pyarrow.parquet as pq
 from pyarrow import csv
 
 from klreg_verl.experiment.plan import RunSpec
@@ -125,6 +126,8 @@ def load(recipe_dir: Path) -> list[Run]:
 def run_folders(folder: Path, depth: int = 0) -> Iterator[Path]:
     """Folders <arm>/<task>/[<grid>/...]seed<k> below ``folder``. What is inside a run is not walked."""
     for child in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        if child.is_symlink() and folder.resolve().is_relative_to(child.resolve()):
+            continue  # a link to a folder that it lies in has no end
         if depth >= 2 and SEED_FOLDER.fullmatch(child.name):
             yield child
         else:
@@ -140,8 +143,12 @@ def read_run(path: Path, recipe_dir: Path) -> Run:
     kept = path / "headline.json"
     decided = _read_object(kept, problems).get("headline") if kept.exists() else None
     metrics = read_metrics(path / "metrics.jsonl", problems)
-    torn = [file.name for file in sample_files(path).values() if not is_whole(file)]
-    problems += [f"samples/{name} is torn; it is left out" for name in torn]
+    faults = {file.name: fault for file in sample_files(path).values() if (fault := fault_of(file))}
+    problems += [f"samples/{name} {fault}; it is left out" for name, fault in faults.items()]
+    status = _status(state, path)
+    if status == "done" and len(metrics) and _end(state, spec) > metrics.index[-1]:
+        problems.append(f"it says done at step {_end(state, spec)}, and metrics.jsonl ends at step {metrics.index[-1]}")
+        status = "interrupted"
     return Run(
         path=path,
         arm=arm,
@@ -150,7 +157,7 @@ def read_run(path: Path, recipe_dir: Path) -> Run:
         seed=int(path.name.removeprefix("seed")),
         spec=_resolved(mapping(spec.get("spec", spec))),
         provenance=provenance,
-        status=_status(state, path),
+        status=status,
         reason=str(state.get("reason") or ""),
         metrics=_as_scores(metrics) if decided == "score" else metrics,
         graded=decided == "score" or (decided is None and ACCURACY not in metrics and SCORE in metrics),
@@ -191,13 +198,34 @@ def sample_files(folder: Path) -> dict[int, Path]:
     return {int(path.stem.removeprefix("step_")): path for path in files if path.stem.removeprefix("step_").isdigit()}
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a parquet file has its end."""
-    if path.stat().st_size < 12:
-        return False
+SAMPLE_COLUMNS = ("group", "prompt", "response", "valid", "answer")
+"""Columns of samples/ that a report reads."""
+
+
+def fault_of(path: Path) -> str | None:
+    """What is wrong with a file of samples/, in words; None for a sound one."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return _fault_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=65536)
+def _fault_of(path: Path, size: int, modified: int) -> str | None:
+    if not path.is_file():
+        return "is a folder, not a file"
     with path.open("rb") as file:
-        file.seek(-4, os.SEEK_END)
-        return file.read() == b"PAR1"
+        file.seek(-min(4, size), os.SEEK_END)
+        if size < 12 or file.read() != b"PAR1":
+            return "is torn"
+    try:
+        missing = [name for name in SAMPLE_COLUMNS if name not in pq.read_schema(path).names]
+        if not missing:
+            pq.read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return f"is damaged ({str(error).splitlines()[0]})"
+    return f"has no column {', '.join(missing)}" if missing else None
 
 
 def read_metrics(path: Path, problems: list[str]) -> pd.DataFrame:
@@ -214,11 +242,11 @@ def read_metrics(path: Path, problems: list[str]) -> pd.DataFrame:
 
 def _read_whole(path: Path) -> pd.DataFrame | None:
     """The table where every line is sound and holds numbers; else None, and it is read line by line."""
-    if not path.exists() or not path.stat().st_size:
+    if not path.is_file() or not path.stat().st_size:
         return None
     try:
         table = pyarrow.json.read_json(path)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError, UnicodeDecodeError):
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         return None
     numbers = all(pa.types.is_floating(t) or pa.types.is_integer(t) or pa.types.is_null(t) for t in table.schema.types)
     steps = table["step"] if numbers and table.column_names.count("step") == 1 else None
@@ -258,7 +286,7 @@ def _long(run: Run) -> pa.Table:
     values = run.metrics.to_numpy(dtype=np.float64).T
     columns, rows = np.nonzero(np.isfinite(values))
     keys = pa.array([spreadsheet_text(str(key)) for key in run.metrics], pa.string())
-    named = (*map(spreadsheet_text, (run.arm, run.task, ",".join(run.grid))), run.seed, run.status)
+    named = (*map(spreadsheet_text, (run.arm, run.task, ",".join(run.grid))), str(run.seed), run.status)
     arrays = [pa.repeat(pa.scalar(value), len(rows)) for value in named]
     steps = pa.array(run.metrics.index.to_numpy()[rows])
     arrays += [steps, keys.take(pa.array(columns)), pa.array(values[columns, rows])]
@@ -289,10 +317,22 @@ def _read_object(path: Path, problems: list[str]) -> Mapping[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read ({error.strerror})")
+        return {}
+    except (ValueError, RecursionError) as error:
         problems.append(f"{path.name} is not JSON ({error})")
         return {}
+    if not isinstance(value, Mapping):
+        problems.append(f"{path.name} holds no JSON object")
     return mapping(value)
+
+
+def _end(state: Mapping[str, Any], spec: Mapping[str, Any]) -> int:
+    """The step at which a run that is done has ended."""
+    train = mapping(mapping(spec.get("spec", spec)).get("train"))
+    steps = [value for value in (state.get("step"), train.get("steps")) if isinstance(value, int)]
+    return min(steps, default=0)
 
 
 def _status(state: Mapping[str, Any], path: Path) -> str:
@@ -302,8 +342,8 @@ def _status(state: Mapping[str, Any], path: Path) -> str:
 
 
 def _metric_lines(path: Path, problems: list[str]) -> Iterator[Mapping[str, Any]]:
-    if not path.exists():
-        problems.append("metrics.jsonl is missing")
+    if not path.is_file():
+        problems.append(f"metrics.jsonl is {'a folder, not a file' if path.exists() else 'missing'}")
         return
     lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
@@ -318,14 +358,21 @@ def _metric_lines(path: Path, problems: list[str]) -> Iterator[Mapping[str, Any]
 def _parse(line: str) -> Mapping[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    is_row = isinstance(row, dict) and isinstance(row.get("step"), int | float) and math.isfinite(row["step"])
+    is_row = isinstance(row, dict) and abs(_number(row.get("step"))) < MOST_STEPS
     return row if is_row else None
 
 
+MOST_STEPS = 2**53
+"""A step beyond this is no step: a damaged line."""
+
+
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.nan
 
 
 def _gaps(steps: pd.Index) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from klreg_verl.analysis.runs import Run, is_whole, sample_files
+from klreg_verl.analysis.runs import Run, fault_of, sample_files
 from klreg_verl.analysis.summary import Group
 
 
@@ -41,7 +41,7 @@ class SideBySide:
 
 def stored_steps(run: Run) -> dict[int, Path]:
     """Step -> whole file of samples/; torn ones are named in ``run.problems``."""
-    return {step: path for step, path in sample_files(run.path).items() if is_whole(path)}
+    return {step: path for step, path in sample_files(run.path).items() if fault_of(path) is None}
 
 
 def side_by_side(groups: Sequence[Group], num_prompts: int = 3) -> list[SideBySide]:

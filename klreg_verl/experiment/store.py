@@ -68,19 +68,26 @@ def atomic_write(path: Path, data: bytes | str, *, mode: int | None = None) -> N
 
     `mode`: its permissions, e.g. 0o600; None: as the umask has them.
     """
-    temporary = path.parent / f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp"
+    with replacing(path) as temporary, open(temporary, "xb") as file:
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside a file, that no other process has, to write to; the file is replaced by it where all went well."""
+    name = f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.tmp"
+    temporary = path.with_name(name)
     try:
-        with open(temporary, "xb") as file:
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
 
 
 def write_json(path: Path, obj: Any, *, mode: int | None = None) -> None:
@@ -125,6 +132,9 @@ class State:
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
             raise ValueError(f"status {self.status!r} is not one of {', '.join(get_args(Status))}.")
+        for name in ("step", "steps", "attempt"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} {getattr(self, name)!r} is no whole number.")
 
 
 class RunFolder:
@@ -230,13 +240,15 @@ class RunFolder:
         return self.state().status == "failed" and not trained
 
     def is_done(self, spec: RunSpec) -> bool:
-        """Whether nothing is left to do: this very run finished, with at least the steps that `spec` asks for."""
-        state, present = self.state(), self.spec()
+        """Whether nothing is left to do: this very run finished, with at least the steps that `spec` asks for, and its
+        metrics do not end before them."""
+        state, present, last = self.state(), self.spec(), self.last_step()
         return (
             present is not None
             and present.hash == spec.hash
             and state.status == "done"
             and state.step >= spec.train.steps
+            and (last is None or last >= spec.train.steps)
         )
 
     # ------------------------------------------------------------------------------------------------ lock
@@ -291,10 +303,8 @@ class RunFolder:
         numbers = [int(entry.name) for entry in self.attempts_dir.iterdir() if entry.name.isdecimal()]
         attempt = self.attempts_dir / str(max(numbers, default=0) + 1)
         attempt.mkdir()
-        temporary = self.path / f".latest.{os.getpid()}.tmp"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(attempt.relative_to(self.path))
-        os.replace(temporary, self.latest)
+        with replacing(self.latest) as temporary:
+            temporary.symlink_to(attempt.relative_to(self.path))
         _sync_folder(self.path)
         return attempt
 
@@ -304,7 +314,10 @@ class RunFolder:
             return State()
         values = _read_object(self.state_path)
         known = {key: values[key] for key in State.__dataclass_fields__ if key in values}
-        state = State(**known)
+        try:
+            state = State(**known)
+        except ValueError as error:
+            raise ValueError(f"{self.state_path}: {error} Restore it, or move the run folder away.") from error
         if state.status != "running" or self.is_locked():
             return state
         return replace(state, status="interrupted", reason=f"process {state.pid} on {state.host} is gone")
@@ -443,7 +456,7 @@ class RunFolder:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}. Restore it, or move the run folder away.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} does not hold a JSON object. Restore it, or move the run folder away.")
@@ -507,6 +520,8 @@ def _whole_lines(path: Path) -> list[bytes]:
     """Lines with their newline; without the torn last one."""
     if not path.exists():
         return []
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder, not a file. Move the run folder away.")
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
@@ -539,7 +554,7 @@ def _parse_line(line: bytes, place: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
         int(values["step"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{place}: not a metrics line ({error}). Repair the file by hand.") from error
     return values
 

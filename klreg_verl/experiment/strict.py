@@ -120,8 +120,28 @@ def unknown_key(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -
 # ---------------------------------------------------------------------------------------------------- reading
 
 
+MAX_BYTES = 128 * 1024
+MAX_DEPTH = 50
+MAX_VALUES = 10_000
+"""What a settings file may have: more is a mistake or an attack (aliases of aliases), and takes minutes to read."""
+
+
+_OPENINGS = re.compile(rf"(?:[\[{{]\s*+){{{MAX_DEPTH + 1}}}")
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), decimal only."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -145,6 +165,12 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
 
 def parse_text(text: str, *, file: str, folder: Path, path: str = "") -> Node:
     """Text of one YAML document to a tree. Raises ConfigError with the line of a syntax error or repeated key."""
+    if len(text) > MAX_BYTES:
+        line = text.count("\n", 0, MAX_BYTES) + 1
+        raise ConfigError([f"{file}:{line}: longer than {MAX_BYTES // 1024} KiB from here on. Settings are shorter."])
+    if found := _OPENINGS.search(text):  # PyYAML would look a thousand characters ahead for each of them
+        line = text.count("\n", 0, found.start()) + 1
+        raise ConfigError([f"{file}:{line}: not valid YAML: nested deeper than {MAX_DEPTH} levels."])
     try:
         root = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -184,9 +210,13 @@ class _Converter:
     def __init__(self, where: Node) -> None:
         self.where = where
         self.open: set[int] = set()
+        self.values = 0
 
     def convert(self, node: yaml.Node, path: str, line: int) -> Node:
         here = Node(value=None, path=path, file=self.where.file, line=line, folder=self.where.folder)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise here.error(f"more than {MAX_VALUES:,} values, aliases written out. Write fewer.")
         if id(node) in self.open:
             raise here.error("this alias contains itself.")
         self.open.add(id(node))
@@ -202,7 +232,10 @@ class _Converter:
             items = enumerate(node.value)
             return [self.convert(item, f"{here.path}[{i}]", item.start_mark.line + 1) for i, item in items]
         if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
-            return _SCALARS[kind](node.value)
+            try:
+                return _SCALARS[kind](node.value)
+            except ValueError as error:  # a whole number of thousands of digits
+                raise here.error(f"{error}. Write a smaller number.") from None
         raise here.error(f"the tag {node.tag!r} is not read here. Write plain YAML.")
 
     def mapping(self, node: yaml.MappingNode, here: Node) -> dict[str, Node]:
@@ -359,7 +392,7 @@ def scalar_advice(value: Any, kind: type) -> str:
     """What to write instead of a scalar of another type, after a space; empty where that is not plain."""
     if kind is str and isinstance(value, (bool, int, float)):
         return " Put what you wrote in quotes."  # 00123 has been read as 123
-    if kind is int and isinstance(value, float) and value == int(value):
+    if kind is int and isinstance(value, float) and value.is_integer():
         return f" Write {int(value)}."
     if kind in (int, float) and isinstance(value, str) and re.fullmatch(r"[-+.\deE]+", value):
         return " Remove the quotes."

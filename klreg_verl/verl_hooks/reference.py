@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from klreg_verl.experiment.store import atomic_write
+from klreg_verl.experiment.store import atomic_write, replacing
 
 _CHUNK = 1 << 22
 """Weights worked on at a time: 32 MiB in 64 bits."""
@@ -196,9 +195,8 @@ def _shard_file(folder: Path) -> Path:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, temporary)
 
 
 # ------------------------------------------------------------------------------------------------------- the hash
