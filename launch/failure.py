@@ -96,7 +96,23 @@ def _line(text: str) -> Line:
     return Line(source=" ".join(sources), text=_VLLM.sub("", text))
 
 
+STOOD_STILL = "[klreg] the run stood still; the last lines of every process:"
+
+
+def last_lines(lines: list[Line], each: int = 3) -> list[str]:
+    """The last lines that each process wrote, under its name."""
+    by_source: dict[str, list[str]] = {}
+    for line in lines:
+        if line.text.strip():
+            by_source.setdefault(line.source or "driver", []).append(line.text)
+    return [text for source, texts in by_source.items() for text in (f"{source}:", *(f"  {t}" for t in texts[-each:]))]
+
+
 def excerpt(log: Path, last: int = 12, most: int = 25) -> list[str]:
-    """What to print under a failed run: the end of the first traceback, or the last lines."""
+    """What to print under a failed run: the last lines of every process where it stood still, else the end of the first
+    traceback, or the last lines."""
     lines = clean(log)
+    still = [place for place, line in enumerate(lines) if line.text == STOOD_STILL]
+    if still:
+        return [line.text for line in lines[still[-1] :]]
     return first_traceback(lines)[-most:] or [line.text for line in lines[-last:]]

@@ -23,6 +23,7 @@ from klreg_verl.experiment import architecture, estimate, fit
 from klreg_verl.experiment.architecture import Architecture
 from klreg_verl.experiment.fit import GIB, GPU, Measured, RecipeFit
 from klreg_verl.experiment.plan import RunSpec
+from klreg_verl.experiment.settings import SMOLLM2
 from klreg_verl.experiment.store import run_folder
 
 DRIVER = (580, 65)
@@ -396,6 +397,8 @@ def model_of(spec: RunSpec) -> Architecture:
     """The architecture of a run's model, from its files where they are here. Raises ValueError."""
     if spec.model.path == "tiny":
         return tiny(spec.model.options)
+    if spec.model.path == SMOLLM2:
+        return architecture.SMOLLM2_135M
     return architecture.of(spec.model.path, _folder(spec))
 
 

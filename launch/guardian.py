@@ -37,12 +37,13 @@ from typing import Any
 
 import psutil
 
+PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_SECONDS = 3.0
 START_SECONDS = 90.0
 POLL_SECONDS = 0.1
 ENGINE_SECONDS = 20.0
-"""How long a driver may go on without a vLLM engine that it had; at a run's normal end it is a few."""
+"""How long a driver may go on without a process of AWAITED that it had; at a run's normal end it is a few."""
 LOOK_SECONDS = 2.0
 LOOPBACK = "127.0.0.1"
 
@@ -72,6 +73,11 @@ class Place:
 def become_subreaper() -> None:
     """Orphans below this process become its children (Linux)."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with_parent() -> None:
+    """In a driver before it starts: were both guardian processes killed at once, nobody else would end it (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def descendants() -> list[psutil.Process]:
@@ -119,31 +125,41 @@ def _mapped(pid: int) -> set[str]:
 _SEGMENT = re.compile(rb"(/dev/shm/\S+)$", re.MULTILINE)  # an unlinked one is followed by " (deleted)"
 
 
+AWAITED = {
+    "VLLM::EngineCore": "vLLM's engine",
+    "ray::AgentLoopWorker": "the agent loop's worker",
+    "ray::OneLoopWorker": "the agent loop's worker",
+    "ray::TransferQueueController": "TransferQueue's controller",
+    "ray::SimpleStorageUnit": "TransferQueue's storage",
+}
+"""Processes whose answers verl awaits for ever, by how their titles begin. Ray tells verl of the others' death."""
+
+
 class EngineWatch:
-    """Notices that a vLLM engine of the run is gone: verl waits for its answers for ever."""
+    """Notices that a process of the run is gone for whose answers verl waits for ever."""
 
     def __init__(self) -> None:
-        self.engines: set[psutil.Process] = set()
+        self.engines: dict[psutil.Process, str] = {}
         self.missed: dict[psutil.Process, float] = {}
         self.next_look = 0.0
 
     def lost(self) -> str | None:
-        """Why the run cannot go on, once an engine has been gone for ENGINE_SECONDS."""
+        """Why the run cannot go on, once one has been gone for ENGINE_SECONDS."""
         now = time.monotonic()
         if now < self.next_look:
             return None
         self.next_look = now + LOOK_SECONDS
-        self.engines.update(filter(_is_engine, descendants()))
+        self.engines |= {process: name for process in descendants() if (name := awaited(process))}
         for engine in self.engines:
             if not _is_alive(engine):
                 self.missed.setdefault(engine, now)
-        overdue = [engine.pid for engine, since in self.missed.items() if now - since > ENGINE_SECONDS]
-        return LOST_ENGINE.format(pid=overdue[0]) if overdue else None
+        overdue = [engine for engine, since in self.missed.items() if now - since > ENGINE_SECONDS]
+        return LOST_PROCESS.format(name=self.engines[overdue[0]], pid=overdue[0].pid) if overdue else None
 
 
-LOST_ENGINE = (
-    "vLLM's engine (pid {pid}) was killed, perhaps by the system for want of memory; verl would wait for it for ever, "
-    "so the run was stopped"
+LOST_PROCESS = (
+    "{name} (pid {pid}) was killed, perhaps by the system for want of memory; verl would wait for it for ever, so the "
+    "run was stopped"
 )
 
 
@@ -156,10 +172,12 @@ def _name(process: psutil.Process) -> str:
     return ""
 
 
-def _is_engine(process: psutil.Process) -> bool:
+def awaited(process: psutil.Process) -> str | None:
+    """What a process is, if verl would wait for it for ever."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return " ".join(process.cmdline()).startswith("VLLM::EngineCore")
-    return False
+        title = " ".join(process.cmdline())
+        return next((name for begins, name in AWAITED.items() if title.startswith(begins)), None)
+    return None
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -218,7 +236,12 @@ class Guardian:
         self.engines, self.lost = EngineWatch(), None
         with open(log, "ab") as out:
             self.driver = subprocess.Popen(
-                argv, env=self.environment | environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+                argv,
+                env=self.environment | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                preexec_fn=die_with_parent,
             )
 
     def finished_run(self) -> int | None:

@@ -22,6 +22,23 @@ def ray_slots(workers: int) -> int:
     return max(FEWEST_SLOTS, 3 * workers + 12)
 
 
+FEW_PARAMETERS = 20_000_000
+"""Of a model whose products are so small that a second thread costs more than it computes."""
+
+
+def threads(parameters: int | None, workers: int) -> int:
+    """Threads for each operation of a CPU run: one for a tiny model, else all cores. Sampling and training take turns;
+    only training workers compute at the same time.
+
+    Args:
+        parameters: of the model; None: not known, so not tiny.
+        workers: training workers on this machine.
+    """
+    if parameters is not None and parameters < FEW_PARAMETERS:
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // workers)
+
+
 def memory_available(cgroups: Path = CGROUPS, root: Path = CGROUP_ROOT) -> int:
     """Bytes for this job's processes: what the machine has free, at most its cgroup's limit, of which little is taken
     before a run."""

@@ -13,11 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep import tiny_options
+from data_prep import smollm2, tiny_options
 from data_prep.cache import Progress, options_from
 from klreg_verl.experiment import strict
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.recipe import KLBlock, ModelSpec
+from klreg_verl.experiment.settings import SMOLLM2
 from klreg_verl.experiment.store import cache_root, run_folder
 from klreg_verl.verl_hooks.overrides import Files
 from launch import gpu, retained
@@ -51,6 +52,8 @@ def planned_files(spec: RunSpec, runs_dir: Path) -> Files:
     if spec.model.path == "tiny":
         options = options_from(tiny_options.TinyModelOptions, spec.model.options, "options")
         model = tiny_options.planned(options, cache)
+    if spec.model.path == SMOLLM2:
+        model = smollm2.planned(cache)
     skills = retained.planned(spec, val, cache)
     return Files(train=train, val=val, retention=skills, model=model, checkpoints=_checkpoints(spec, runs_dir))
 
@@ -107,6 +110,8 @@ def model_folder(model: ModelSpec, cache: Path, note: Note) -> Path:
         options = options_from(tiny_options.TinyModelOptions, model.options, "model.options")
         build = _apart if options.device == "cuda" else tiny_model.cache
         return build(options, cache, _reporter(note, "tiny model"))
+    if model.path == SMOLLM2:
+        return smollm2.cache(cache, _reporter(note, "SmolLM2"))
     if Path(model.path).is_absolute():
         return Path(model.path)
     from huggingface_hub import snapshot_download

@@ -28,6 +28,7 @@ from klreg_verl.verl_hooks import checkpoints, cpu, overrides
 from launch import failure, gpu, guardian, host, inputs, preflight
 from launch.display import Display
 from launch.session import AttachedSession, Session, attached_session, ray_session
+from launch.stall import Stall
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Ray's object store on a CPU: a tiny model's batches are megabytes, and Ray would take a third of the memory."""
@@ -143,7 +144,7 @@ def run_one(
             display.note(note)
         display.start(spec, checkpoints.newest_complete(folder.checkpoints_dir) or 0)
         folder.set_state("running", steps=spec.train.steps, attempt=int(attempt.name))
-        outcome = _watch(spec, folder, attempt, settings, environment, session, display)
+        outcome = _watch(spec, folder, attempt, settings, environment, session, display, platform)
         _write_end(folder, attempt, outcome.status, outcome.reason, outcome.end)
     display.end(spec, outcome.status, outcome.reason)
     return outcome
@@ -173,6 +174,7 @@ def _watch(
     environment: Mapping[str, str],
     session: Session | AttachedSession,
     display: Display,
+    platform: str,
 ) -> Outcome:
     """Start verl's driver and follow metrics.jsonl until it ends."""
     log = attempt / "log"
@@ -180,10 +182,12 @@ def _watch(
     argv = [sys.executable, "-P", "-m", "klreg_verl.verl_hooks.main", *arguments]  # -P: not what lies in this folder
     try:
         session.start(argv, environment, log)
-        end = None
+        end, stalled, stall = None, None, Stall(attempt, spec.stall.minutes(platform))
         shown = _last_step(folder)
         while end is None:
             end = session.wait(LOOK_SECONDS)
+            if end is None and stalled is None and (stalled := stall.reason()):
+                session.end(stalled)
             shown = _show_new(spec, folder, shown, display)
     except Interrupted as stop:
         _write_end(folder, attempt, "interrupted", stop.reason, stop.end)
@@ -276,8 +280,17 @@ def session_environment(spec: RunSpec, platform: str) -> dict[str, str]:
     A dozen processes import the same packages; without their byte code each compiles them anew, a minute per run.
     """
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    extra = cpu.ENVIRONMENT if platform == "cpu" else gpu.ENVIRONMENT
+    extra = cpu.ENVIRONMENT | _threads(spec) if platform == "cpu" else gpu.ENVIRONMENT
     return {**extra, **inherited, own_code.VARIABLE: spec.root}
+
+
+def _threads(spec: RunSpec) -> dict[str, str]:
+    """What the user has not set, by the size of the model."""
+    try:
+        parameters = gpu.model_of(spec).parameters
+    except ValueError:
+        parameters = None
+    return {"OMP_NUM_THREADS": str(host.threads(parameters, spec.resources.gpus_per_node))}
 
 
 @contextmanager

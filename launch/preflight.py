@@ -17,6 +17,7 @@ from data_prep.check import check_model, check_task
 from klreg_verl.experiment import estimate, fit
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.plan import RunSpec
+from klreg_verl.experiment.settings import BUILT, SMOLLM2
 from klreg_verl.experiment.store import RunFolder, run_folder
 from klreg_verl.verl_hooks import checkpoints
 from klreg_verl.verl_hooks.names import TESTED
@@ -142,7 +143,7 @@ def unused_gpus(specs: Sequence[RunSpec]) -> list[Finding]:
     """GPUs that stay idle because torch is a CPU build, told on the terminal; nothing where VERL_PLATFORM is set.
 
     Raises:
-        ValueError: one of the models is not the tiny one, which alone a CPU trains in minutes.
+        ValueError: one of the models is not made here: only those are small enough for a CPU.
     """
     devices = [] if os.environ.get("VERL_PLATFORM", "").strip() else _gpus_of_the_machine()
     if not devices:
@@ -151,7 +152,7 @@ def unused_gpus(specs: Sequence[RunSpec]) -> list[Finding]:
         f"this environment ({sys.prefix}) is the CPU's, and the {len(devices)} GPU(s) here ({devices[0].name}) stay "
         "unused: launch/env/setup_gpu.sh makes the environment for them"
     )
-    large = next((spec.model.path for spec in specs if spec.model.path != "tiny"), None)
+    large = next((spec.model.path for spec in specs if spec.model.path not in BUILT), None)
     if large is not None:
         raise ValueError(f"{large} would be trained on the CPU: {said}. If the CPU is meant, say VERL_PLATFORM=cpu.")
     print(f"note: {said}.", file=sys.stderr)
@@ -325,6 +326,8 @@ def _check_model(spec: RunSpec) -> str:
 
         options_from(TinyModelOptions, spec.model.options, "model.options")
         return "built here"
+    if spec.model.path == SMOLLM2:
+        return "fetched from PyPI and converted here"
     if not Path(spec.model.path).is_absolute():
         return gpu.check_hub(spec.model.path, spec.model.revision, os.environ)
     check_model(Path(spec.model.path))

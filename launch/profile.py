@@ -117,8 +117,6 @@ class Profile:
     """Ray's, per node; null: a third of memory_gb at most, or 256 MB on platform cpu."""
     form_seconds: int = 300
     """How long the nodes may take to find each other."""
-    stall_minutes: int = 120
-    """A run that writes neither a step nor a line of its log for so long is stopped and tried again."""
     requeues: int = 100
     """Of one job."""
     budget: Budget = Budget()
@@ -126,7 +124,7 @@ class Profile:
     """More lines for the head of the script, e.g. --reservation=x."""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "cpus_per_node", "max_parallel", "runs_per_job", "stall_minutes"):
+        for name in ("nodes", "gpus_per_node", "cpus_per_node", "max_parallel", "runs_per_job"):
             at_least(name, getattr(self, name), 1)
         for name in ("memory_gb", "requeues"):
             at_least(name, getattr(self, name), 0)

@@ -51,19 +51,16 @@ class Superseded(Interrupted):
 
 
 class Watched:
-    """A session that also watches the other nodes, the request to stop, the newest attempt, and a run that stalls."""
+    """A session that also watches the other nodes, the request to stop and the newest attempt."""
 
-    def __init__(self, session: Session, attempt: Path, nodes: Meeting | None, stall_seconds: float) -> None:
-        self.session, self.attempt, self.nodes, self.stall_seconds = session, attempt, nodes, stall_seconds
+    def __init__(self, session: Session, attempt: Path, nodes: Meeting | None) -> None:
+        self.session, self.attempt, self.nodes = session, attempt, nodes
         self.run: RunFolder | None = None
-        self.log = Path()
         self.next_look = 0.0
-        self.moved, self.size = 0.0, -1
 
     def start(self, argv: list[str], environment: Mapping[str, str], log: Path) -> None:
         """Start a run's driver."""
-        self.run, self.log = RunFolder(environment["KLREG_RUN"]), log
-        self.moved, self.size = time.monotonic(), -1
+        self.run = RunFolder(environment["KLREG_RUN"])
         (self.attempt / "began").touch()
         self.session.start(argv, environment, log)
 
@@ -82,6 +79,10 @@ class Watched:
             self.look()
         return end
 
+    def end(self, reason: str) -> None:
+        """Kill the run's driver; `wait` then tells the reason."""
+        self.session.end(reason)
+
     def blame(self, end: End) -> None:
         """Raise NodeLost if the driver's error comes from one."""
         if end.lost and end.lost.startswith("Ray's"):
@@ -99,21 +100,10 @@ class Watched:
         assert self.run is not None
         if is_stop_asked(self.attempt) and not self.run.stop_asked():
             self.run.ask_to_stop()
-        self.look_at_progress()
 
     def look_at_nodes(self) -> None:
         if self.nodes and (lost := self.nodes.lost()):
             raise NodeLost(f"node {lost} was lost")
-
-    def look_at_progress(self) -> None:
-        """A run whose log and metrics stand still has hung."""
-        assert self.run is not None
-        files = (self.log, self.run.metrics_path)
-        size = sum(path.stat().st_size for path in files if path.exists())
-        if size != self.size:
-            self.moved, self.size = time.monotonic(), size
-        elif time.monotonic() > self.moved + self.stall_seconds:
-            self.session.end(f"the run stood still for {self.stall_seconds / 60:.0f} minutes, so it was stopped")
 
 
 def is_stop_asked(attempt: Path) -> bool:
@@ -248,7 +238,7 @@ def cluster(job: Job, spec: RunSpec, attempt: Path) -> Iterator[Watched]:
                 nodes.send({"head": session.address, "gpus": gpus, "environment": added})
                 wait_for_nodes(session.address, others + 1, nodes, profile.form_seconds)
             say(f"Ray is up on {others + 1} node(s) at {session.address}")
-            yield Watched(session, attempt, nodes, 60 * profile.stall_minutes)
+            yield Watched(session, attempt, nodes)
 
 
 def wait_for_nodes(address: str, wanted: int, nodes: Meeting, seconds: float) -> None:

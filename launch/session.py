@@ -98,6 +98,7 @@ class AttachedSession:
     def __init__(self, address: str, environment: Mapping[str, str]) -> None:
         self.address, self._environment = address, dict(environment)
         self._driver: subprocess.Popen[bytes] | None = None
+        self._lost: str | None = None
 
     def start(self, argv: list[str], environment: Mapping[str, str], log: Path) -> None:
         """Start a run's driver on that Ray. No guardian holds it: it hears of our death, and has the run's lock until
@@ -105,6 +106,7 @@ class AttachedSession:
         variables = {**self._environment, "RAY_ADDRESS": self.address, **environment}
         command = [sys.executable, "-I", "-c", WITH_ITS_PARENT, *argv]
         with open(log, "ab") as out:
+            self._lost = None
             self._driver = subprocess.Popen(
                 command,
                 env=variables,
@@ -119,8 +121,14 @@ class AttachedSession:
         """How the run ended, if it ends within `seconds`, else None."""
         assert self._driver is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return End(self._driver.wait(seconds))
+            return End(self._driver.wait(seconds), self._lost)
         return None
+
+    def end(self, reason: str) -> None:
+        """Kill the run's driver; `wait` then tells the reason."""
+        assert self._driver is not None
+        self._lost = reason
+        self._driver.kill()
 
     def close(self) -> None:
         """End the driver, if it still runs; Ray then ends the run's workers on every node."""

@@ -200,6 +200,14 @@ def test_shared_memory_goes_even_if_its_owner_was_killed_long_before(study: Stud
     wait_for(study.is_gone, f"after {ending}: the end")
 
 
+def test_a_driver_dies_when_both_guardian_processes_are_killed_at_once(study: Study):
+    for process in (study.keeper, study.worker):
+        process.suspend()  # neither sees the other go
+    study.worker.kill()
+    study.keeper.kill()
+    wait_for(lambda: not is_alive(study.tree["driver"]), "the driver's end")
+
+
 def test_two_studies_do_not_disturb_each_other(study: Study, tmp_path: Path):
     other = Study(tmp_path / "other")
     try:
@@ -267,7 +275,7 @@ from pathlib import Path
 from setproctitle import setproctitle
 
 if os.fork() == 0:
-    setproctitle("VLLM::EngineCore")
+    setproctitle(sys.argv[2])
     time.sleep(1000)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a driver deep inside ray.get
 folder = Path(sys.argv[1])
@@ -277,27 +285,33 @@ while not (folder / "end").exists():
 """
 
 
-def engine_of(session: Session, tmp_path: Path) -> psutil.Process:
+def engine_of(session: Session, tmp_path: Path, title: str = "VLLM::EngineCore") -> psutil.Process:
     """A driver, until a file "end" is there, with a vLLM engine that it never reaps; the engine, which was seen."""
     pytest.importorskip("setproctitle")
-    session.start([sys.executable, "-c", ENGINE, str(tmp_path)], {}, tmp_path / "log")
+    session.start([sys.executable, "-c", ENGINE, str(tmp_path), title], {}, tmp_path / "log")
     wait_for((tmp_path / "started").exists, "the driver")
     below = psutil.Process(session._process.pid).children(recursive=True)
-    wait_for(lambda: any(map(guardian._is_engine, below)), "the engine")
+    wait_for(lambda: any(map(guardian.awaited, below)), "the engine")
     (worker,) = psutil.Process(session._process.pid).children()
     before = worker.num_ctx_switches().voluntary
     wait_for(lambda: worker.num_ctx_switches().voluntary > before + 10, "several looks")  # each of them waits once
-    return next(filter(guardian._is_engine, below))
+    return next(filter(guardian.awaited, below))
 
 
-def test_a_run_whose_vllm_engine_was_killed_is_stopped_and_told_why(session: Session, tmp_path: Path):
-    engine = engine_of(session, tmp_path)
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [("VLLM::EngineCore", "vLLM's engine"), ("ray::OneLoopWorker.generate_sequences", "the agent loop's worker")],
+)
+def test_a_run_that_lost_a_process_verl_waits_for_is_stopped_and_told_why(
+    session: Session, tmp_path: Path, title: str, name: str
+):
+    engine = engine_of(session, tmp_path, title)
     engine.kill()
     end = session.wait(120)
     assert end is not None
     assert end.code == -signal.SIGKILL
     assert end.lost is not None
-    assert f"vLLM's engine (pid {engine.pid}) was killed" in end.lost
+    assert f"{name} (pid {engine.pid}) was killed" in end.lost
 
 
 def test_an_engine_that_ends_shortly_before_its_driver_is_a_normal_end(session: Session, tmp_path: Path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,46 @@ def test_a_line_has_verls_keys_and_ours(tmp_path: Path):
     run = recorder(tmp_path)
     run.log({"actor/entropy": 0.7, "eval/palindrome/accuracy": 0.5, "text": "x"}, step=0)
     assert run.folder.read_metrics() == [{"step": 0, "actor/entropy": 0.7, "eval/palindrome/accuracy": 0.5}]
+
+
+LOCK = """
+import sys, time
+from pathlib import Path
+from klreg_verl.experiment.store import RunFolder
+with RunFolder(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_nothing_is_written_once_the_process_that_holds_the_folder_was_killed(tmp_path: Path):
+    run = recorder(tmp_path)
+    owner = subprocess.Popen([sys.executable, "-c", LOCK, str(run.folder.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert owner.stdout is not None and owner.stdout.readline() == "held\n"
+        held = Recorder(run.folder)
+        held.log({"a": 1.0}, step=1)
+        owner.kill()
+        owner.wait()
+        with pytest.raises(RuntimeError, match="no longer held by the process .* Step 2 was not written"):
+            held.log({"a": 1.0}, step=2)
+        with run.folder.lock(), pytest.raises(RuntimeError, match="no longer held"):  # nor once another one has it
+            held.log({"a": 1.0}, step=2)
+    finally:
+        owner.kill()
+        owner.wait()
+        owner.stdout.close()
+    assert [line["step"] for line in run.folder.read_metrics()] == [1]
+
+
+def test_of_a_process_on_another_node_its_name_is_enough(tmp_path: Path):
+    run = recorder(tmp_path)
+    (run.folder.path / ".lock").write_text(json.dumps({"pid": 1, "host": "another", "time": 0.0}))
+    held = Recorder(run.folder)
+    held.log({"a": 1.0}, step=1)
+    (run.folder.path / ".lock").write_text(json.dumps({"pid": 2, "host": "another", "time": 1.0}))
+    with pytest.raises(RuntimeError, match="no longer held"):
+        held.log({"a": 1.0}, step=2)
 
 
 def test_a_checkpoint_is_whole_only_with_its_line_written(tmp_path: Path):

@@ -44,27 +44,39 @@ def evaluation(run: Path, step: int, accuracy: float, **changes: Any) -> None:
     stem.with_suffix(".parquet").touch()
 
 
-def test_a_skill_is_compared_within_each_run(tmp_path: Path):
-    for seed, values in enumerate([[0.9, None, 0.5], [0.8, 0.9, 0.6]], start=1):
-        write_seed(tmp_path / "study", seed, values)
-    write_seed(tmp_path / "study", 1, [0.7, None, None], arm="reverse")
-    groups = group_runs(load(tmp_path / "study"))
-    (none, (spell,)), (reverse, (once,)) = retention.retained(groups)
+def test_a_skill_is_compared_end_against_end_and_with_the_pooled_start(tmp_path: Path):
+    # one starting model, measured as 0.9 by seed 1 (in both arms alike) and as 0.5 by seed 2: pooled 0.7, error 0.2
+    write_seed(tmp_path / "study", 1, [0.9, None, 0.5])
+    write_seed(tmp_path / "study", 2, [0.5, 0.4, 0.6])
+    write_seed(tmp_path / "study", 1, [0.9, None, 0.6], arm="reverse")
+    write_seed(tmp_path / "study", 2, [0.5, None, 0.61], arm="reverse")
+    groups = group_runs(load(tmp_path / "study"), ["none", "reverse"])
+    (none, (spell,)), (reverse, (held,)) = retention.retained(groups)
     assert (none.label, reverse.label) == ("none", "reverse")
-    # before (0.9 + 0.8) / 2, after (0.5 + 0.6) / 2; changes -0.4 and -0.2: error 0.1414 / sqrt 2 = 0.1
-    assert (spell.before.mean, spell.after.mean, spell.change.mean) == pytest.approx((0.85, 0.55, -0.3))
-    assert spell.change.standard_error == pytest.approx(0.1)
-    assert retention.retained_cells([spell]) == [("spell", "0.85 ± 0.05", "0.55 ± 0.05", "−0.30 ± 0.10")]
-    assert retention.retained_cells([once])[0][2:] == ("–", "–")  # measured once: no after
+    # after: 0.5 and (0.4 + 0.6) / 2 = 0.5, no error; so the change's error is the pooled start's, 0.2
+    assert (spell.before.mean, spell.after.mean, spell.change.mean) == pytest.approx((0.7, 0.5, -0.2))
+    assert spell.change.standard_error == pytest.approx(0.2)
+    # end against end 0.1 and 0.11: a start that differs by 0.4 between seeds does not enter
+    assert held.against.mean == pytest.approx(0.105) and held.against.standard_error == pytest.approx(0.005)
+    assert retention.retained_cells([spell]) == [("spell", "0.70 ± 0.20", "0.50 ± 0.00", "−0.20 ± 0.20", "–")]
 
 
-def test_a_run_that_failed_is_in_neither_before_nor_after(tmp_path: Path):
+def test_starts_of_other_weights_are_not_pooled(tmp_path: Path):
+    for arm, sha, value in (("none", "a", 0.9), ("reverse", "b", 0.3)):
+        lines = [{"step": 0, "retention/spell": value}, {"step": 1, "train/accuracy": 0.5, "retention/spell": 0.5}]
+        write_run(tmp_path / "study", arm, lines, provenance={"model": {"sha256": sha}})
+    groups = group_runs(load(tmp_path / "study"), ["none", "reverse"])
+    assert [skills[0].before.mean for _, skills in retention.retained(groups)] == [0.9, 0.3]
+
+
+def test_a_run_that_failed_is_not_in_after(tmp_path: Path):
     write_seed(tmp_path / "study", 1, [0.9, None, 0.5])
     failed = write_seed(tmp_path / "study", 2, [0.1, 0.0, None])
     (failed / "state.json").write_text('{"status": "failed"}')
     write_seed(tmp_path / "study", 3, [0.3, None, None])  # finished, never measured again
     ((_, (spell,)),) = retention.retained(group_runs(load(tmp_path / "study")))
-    assert (spell.before.mean, spell.after.mean, spell.change.mean) == pytest.approx((0.9, 0.5, -0.4))
+    # the start is the same weights in all three: (0.9 + 0.1 + 0.3) / 3; after is the first run's alone
+    assert (spell.before.mean, spell.after.mean) == pytest.approx((1.3 / 3, 0.5))
 
 
 def test_evaluations_are_listed_by_task_run_and_step(tmp_path: Path):
@@ -97,7 +109,7 @@ def test_both_reports_have_both_tables(tmp_path: Path):
     paths = report.write_report(tmp_path / "study", {"question": "q"})
     html, markdown = paths.html.read_text(), paths.markdown.read_text()
     assert '<section id="retention">' in html and '<section id="checkpoints">' in html
-    assert "| none | spell | 0.900 | 0.500 | −0.400 |" in markdown
+    assert "| none | spell | 0.900 | 0.500 | −0.400 | – |" in markdown
     assert "| none, seed 1 | 2 | 64 x 16 at T = 0.6 | 0.600 [0.500, 0.700] |" in markdown
 
 

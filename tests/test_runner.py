@@ -62,6 +62,6 @@ def test_one_node_alone_needs_no_meeting_and_so_no_interface(tmp_path: Path, mon
 
 def test_a_start_of_the_job_is_marked_once_a_run_begins(tmp_path: Path):
     session = SimpleNamespace(start=lambda *_: None)
-    watched = runner.Watched(session, tmp_path, None, 60.0)
+    watched = runner.Watched(session, tmp_path, None)
     watched.start(["driver"], {"KLREG_RUN": str(tmp_path / "run")}, tmp_path / "log")
     assert (tmp_path / "began").exists()  # job.py counts starts without it

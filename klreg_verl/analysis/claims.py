@@ -494,7 +494,7 @@ def finding(verdict: Verdict) -> str:
     if verdict.outcome == "uninformative":
         return (
             f"{head} {_contrast(verdict)}: margin too wide to tell: {_free(verdict)}, inside the margin "
-            f"±{claim.margin:g}. {estimate[0].upper()}{estimate[1:]}."
+            f"±{claim.margin:g}. The difference is {estimate}."
         )
     if verdict.decision.outcome == "equivalent":
         real = " The difference is told from zero, and is too small to matter." if verdict.decision.is_nonzero else ""

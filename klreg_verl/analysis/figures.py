@@ -27,13 +27,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, MaxNLocator
 
-from klreg_verl.analysis import claims, retention, stats, themes
+from klreg_verl.analysis import claims, retention, stats, stopping, themes
 from klreg_verl.analysis import frontier as frontiers
-from klreg_verl.analysis.optimum import Achieved
+from klreg_verl.analysis.optimum import Achieved, starting_draws
 from klreg_verl.analysis.runs import Run
 from klreg_verl.analysis.stats import Estimate
 from klreg_verl.analysis.summary import ACCURACY, KL_K1, SCORE, Group, final_value
 from klreg_verl.analysis.themes import LIGHT, PAGE, Theme
+from klreg_verl.core import optimum
 from klreg_verl.core.alarms import RETENTION
 from klreg_verl.core.optimum import Prediction
 
@@ -105,6 +106,9 @@ OVERVIEW = tuple(
 )
 KL_ACCURACY = "kl_accuracy"
 OPTIMUM = "optimum"
+STOPPING = "early_stopping"
+BETAS = tuple(np.geomspace(0.05, 20, 40).tolist())
+"""Of the tilted optimum's curve."""
 FRONTIERS = (
     Panel(key=ACCURACY, name="frontier_accuracy", title="Accuracy at the same KL", unit="valid share at the end"),
     Panel(key=SCORE, name="frontier_score", title="Score at the same KL", unit="mean reward at the end"),
@@ -137,6 +141,7 @@ MOST_POINTS = 300
 TITLES = {panel.name: panel.title for panel in (*TIME_COURSES, *MISMATCH, *FRONTIERS)} | {
     **{panel.name: f"{panel.title} against beta" for panel in SWEEP},
     KL_ACCURACY: "Accuracy against KL",
+    STOPPING: "Against early stopping",
     OPTIMUM: "Predicted optimum and what was achieved",
     "overview": "Accuracy, KL to the reference, entropy and coverage",
 }
@@ -283,6 +288,46 @@ def predicted(rows: Sequence[Achieved], groups: Sequence[Group], axes: Axes, the
     return axes
 
 
+def early_stopping(groups: Sequence[Group], axes: Axes, theme: Theme = LIGHT) -> Axes:
+    """Held-out accuracy of none at all its evaluations against KL, with a 95 % t band, and the ends of the other arms.
+
+    Dots are means over seeds with standard errors. Above: the tilted optimum, which no policy exceeds at its KL
+    (dashed), and the best of 2, 4, 8 draws at the upper bound of its KL (rings), both from the starting model's draws.
+    """
+    metric = stopping.metric_of(groups)
+    rows, ends = [row for row in stopping.compare(groups) if not row.is_control], []
+    if metric is None or not rows:
+        return axes
+    free = next(group for group in groups if group.runs[0].kl.get("placement") == "none")
+    last = _draw_frontier(stopping.frontier_of(groups, metric), themes.of_arm(free, theme), "-", axes)
+    ends.append(_End(x=last[0], y=last[1], label=f"{free.label}, stopped early", color=themes.of_arm(free, theme)))
+    for row in rows:
+        color, reached = themes.color(row.group, theme), stats.mean_and_error(row.comparison.left)
+        errors = [float(np.nan_to_num(each.standard_error)) for each in (row.kl, reached)]
+        place = (row.kl.mean, reached.mean)
+        axes.errorbar(*place, xerr=errors[0], yerr=errors[1], fmt="o", color=color, markersize=5, linewidth=1, zorder=4)
+        ends.append(_End(x=place[0], y=place[1], label=_short_name(row.group), color=themes.of_arm(row.group, theme)))
+    ends += _draw_bounds(groups, max(last[0], *(row.kl.mean for row in rows)), axes, theme)
+    _frame(axes, TITLES[STOPPING], "held-out accuracy · arms at their ends", theme)
+    _kl_axis(axes, theme)
+    _label_beside(axes, ends)
+    return axes
+
+
+def _draw_bounds(groups: Sequence[Group], furthest: float, axes: Axes, theme: Theme) -> list[_End]:
+    """The tilted optimum and best of n, as far as the arms came; nothing without draws of the starting model."""
+    start = starting_draws(groups)
+    if not start:
+        return []
+    curve = np.array([point for point in optimum.tilted(start, BETAS) if point[0] <= furthest])
+    rings = np.array([point for point in optimum.best_of(start, (2, 4, 8)) if point[0] <= furthest])
+    axes.plot(*curve.reshape(-1, 2).T, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
+    axes.plot(*rings.reshape(-1, 2).T, "o", color=theme.muted, markerfacecolor="none", markersize=4.5, zorder=2)
+    best = curve[np.argmax(curve[:, 0])] if len(curve) else None
+    told = [] if best is None else [_End(x=float(best[0]), y=float(best[1]), label="optimum", color=theme.muted)]
+    return told + [_End(x=float(x), y=float(y), label="best of n", color=theme.muted) for x, y in rings[-1:]]
+
+
 def block_size(groups: Sequence[Group]) -> int:
     """Steps in a dot: ten, or a quarter of the run where that would leave fewer than two dots."""
     longest = max((run.last_step for group in groups for run in group.final_runs), default=0)
@@ -316,6 +361,8 @@ def drawings(groups: Sequence[Group], optima: Sequence[Achieved] = ()) -> dict[s
         chosen[KL_ACCURACY] = lambda axes, theme: kl_accuracy(groups, axes, theme)
     chosen |= {panel.name: at_kl(panel) for panel in FRONTIERS if has_frontier(groups, panel)}
     chosen |= {panel.name: at_beta(panel) for panel in SWEEP if has_sweep(groups, panel)}
+    if groups and stopping.compare(groups):
+        chosen[STOPPING] = lambda axes, theme: early_stopping(groups, axes, theme)
     mine = [row for row in optima if row.task == groups[0].task] if groups else []
     if any(row.prediction is not None and np.isfinite(row.kl.mean) for row in mine):
         chosen[OPTIMUM] = lambda axes, theme: predicted(mine, groups, axes, theme)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from klreg_verl.analysis import cards, claims, retention, stats
+from klreg_verl.analysis import cards, claims, retention, stats, stopping
 from klreg_verl.analysis.runs import ACCURACY, SCORE
 from klreg_verl.analysis.study import Study
 from klreg_verl.analysis.summary import (
@@ -56,6 +56,7 @@ def findings(study: Study) -> list[Finding]:
         *_claimed(study),
         *_limited(_moved(study), "summary"),
         *_limited(_compared(study), "summary"),
+        *_stopped(study),
         *_varied(study),
         *_predicted(study),
         *_retained(study),
@@ -126,6 +127,13 @@ def _gap(difference: stats.Estimate) -> str:
     return stats.text(difference, stats.places([difference]), sign=True)
 
 
+def _stopped(study: Study) -> Iterable[Finding]:
+    """Each arm against early stopping at its own KL, in one sentence a task."""
+    for task in study.tasks:
+        if told := stopping.sentence([row for row in study.stopped if row.group.task == task]):
+            yield Finding(text=f"{_task(study, task)}{told}", anchor="stopping")
+
+
 def _varied(study: Study) -> Iterable[Finding]:
     """Distinct right answers of all draws and of right draws, the starting model's first."""
     for task in dict.fromkeys(row.task for row in study.variety.rows):
@@ -165,7 +173,7 @@ def _predicted(study: Study) -> Iterable[Finding]:
 
 
 def _retained(study: Study) -> Iterable[Finding]:
-    """The largest fall of a skill in each task."""
+    """The largest fall of a skill in each task, and what it is against the first setting, end against end."""
     for task in study.tasks:
         every = [
             (one.change.mean, group, one)
@@ -177,11 +185,17 @@ def _retained(study: Study) -> Iterable[Finding]:
             _, group, one = min(every, key=lambda each: each[0])
             yield Finding(
                 text=(
-                    f"{_task(study, task)}Skills that were not trained: the lowest change is {_gap(one.change)} "
-                    f"({group.label}, {one.skill}{', interim' if group.is_interim else ''})."
+                    f"{_task(study, task)}Skills that were not trained: the lowest change from the pooled start is "
+                    f"{_gap(one.change)} ({group.label}, {one.skill}{', interim' if group.is_interim else ''})"
+                    f"{_ends(study, task, one)}."
                 ),
                 anchor="retention",
             )
+
+
+def _ends(study: Study, task: str, one: retention.Retained) -> str:
+    first = study.of_task(task)[0].label
+    return f"; end against end {_gap(one.against)} against {first} (exploratory)" if one.against.num else ""
 
 
 # ---------------------------------------------------------------------------------------------------- cautions

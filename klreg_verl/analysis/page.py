@@ -76,6 +76,7 @@ def _sections(study: Study) -> list[tuple[str, str, str]]:
         ("courses", "Over the steps", _courses(study)),
         ("beta", "Against beta", _sweep(study)),
         ("frontier", "Against KL", _frontier(study)),
+        ("stopping", "Against early stopping", _stopped(study)),
         ("diversity", "Diversity", _diversity(study)),
         ("optimum", "Predicted optimum and what was achieved", _optimum(study)),
         ("gradient", "What each arm's gradient followed", _gradients(study)),
@@ -129,6 +130,7 @@ EVIDENCE = {
     "scope": "what that means",
     "claims": "its evidence",
     "summary": "table",
+    "stopping": "figure and table",
     "diversity": "table",
     "optimum": "figure and table",
     "retention": "table",
@@ -277,6 +279,12 @@ def against_kl_text(study: Study, bands: bool) -> str:
 
 def _grid(drawn: Sequence[str]) -> str:
     return f'<div class="single">{drawn[0]}</div>' if len(drawn) == 1 else f'<div class="grid">{"".join(drawn)}</div>'
+
+
+def _stopped(study: Study) -> str:
+    table = tables.stopped(study)
+    shown = [_with_heading(study, task, _grid(each)) for task, each in _per_task(study, [figures.STOPPING])]
+    return "".join(shown) + _shown(table) if table.lines else ""
 
 
 def _diversity(study: Study) -> str:

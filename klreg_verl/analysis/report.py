@@ -114,7 +114,8 @@ def _write_tables(study: Study, folder: Path) -> None:
     for name, text in made.items():
         _write(folder / "tables" / name, text)
     kept = {*made, *(f"{name}.csv" for name in summary)}
-    gone = [folder / "tables" / f"{name}.tex" for name in ("final", "claims", "diversity", "optimum", "retention")]
+    written = ("final", "claims", "stopping", "diversity", "optimum", "retention")
+    gone = [folder / "tables" / f"{name}.tex" for name in written]
     for path in [*gone, folder / "claims.csv", folder / "diversity.csv"]:
         if path.name not in kept:
             path.unlink(missing_ok=True)
@@ -172,6 +173,7 @@ def markdown_text(study: Study, drawn: Sequence[str], written: str = "") -> str:
         _section("Alarms", tables.pipes(("run", "alarm", "where"), alarms(study.runs))),
         _section("At the end", _summary_markdown(study)),
         _section("Figures", _figures_markdown(study, drawn)),
+        _section("Against early stopping", _with_note(tables.stopped(study))),
         _section("Diversity", _with_note(tables.diversity(study))),
         _section("Predicted optimum and what was achieved", _optimum_markdown(study)),
         _section("What each arm's gradient followed", _gradient_lines(study)),

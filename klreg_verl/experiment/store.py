@@ -287,6 +287,18 @@ class RunFolder:
         except FileNotFoundError:
             return False
 
+    def owner(self) -> str | None:
+        """What the process that holds the lock has written into it, to be given to `still_owned`; None: nobody."""
+        try:
+            return (self.path / ".lock").read_text() or None
+        except FileNotFoundError:
+            return None
+
+    def still_owned(self, owner: str) -> bool:
+        """Whether the process that wrote `owner` still holds the lock. Of another host's only what it wrote is seen."""
+        here = json.loads(owner)["host"] == socket.gethostname()
+        return self.owner() == owner and (self.is_locked() or not here)
+
     def holder(self) -> str:
         """The process that holds the lock, in words."""
         try:

@@ -22,9 +22,11 @@ ENVIRONMENT = {
     "VERL_ENGINE_DEVICE": "cuda",
     # A tiny model's cache fits in 1 GiB; vLLM's default takes a share of the machine's memory.
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    # More threads gain nothing with a tiny model, and wait for each other at every operation once another process (a
-    # second run, Ray at its start) has a core: steps of 10 s instead of 3. A larger model on an idle machine: set more.
+    # Of a tiny model; launch/host.py gives a larger one more. Here more gain nothing, and wait for each other at every
+    # operation once another process (a second run, Ray at its start) has a core: steps of 10 s instead of 3.
     "OMP_NUM_THREADS": "1",
+    # Threads that have nothing to do leave the core to the process whose turn it is.
+    "OMP_WAIT_POLICY": "passive",
     # vLLM pins OpenMP threads to cores by NUMA node; two replicas would share one core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # vLLM compiles its sampler at the first batch: 10 to 18 s and a C++ compiler, for a model that needs neither.

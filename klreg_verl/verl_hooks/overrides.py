@@ -16,6 +16,7 @@ from typing import Any
 
 from klreg_verl.experiment.fit import packed_tokens
 from klreg_verl.experiment.plan import RunSpec
+from klreg_verl.verl_hooks import transfer
 
 Settings = dict[str, Any]
 
@@ -163,6 +164,7 @@ def _rollout(spec: RunSpec) -> Settings:
         f"{ROLLOUT}.tensor_model_parallel_size": spec.resources.tensor_parallel,
         f"{ROLLOUT}.max_model_len": train.max_prompt_tokens + train.max_response_tokens,
         f"{ROLLOUT}.seed": spec.seed,
+        transfer.BUCKET_KEY: transfer.CHOSEN_HERE,
         f"{ROLLOUT}.val_kwargs.n": evaluation.responses_per_prompt,
         f"{ROLLOUT}.val_kwargs.temperature": evaluation.temperature,
         f"{ROLLOUT}.val_kwargs.do_sample": evaluation.temperature > 0,
@@ -214,7 +216,6 @@ def _cpu(spec: RunSpec) -> Settings:
         f"{ROLLOUT}.enable_sleep_mode": False,
         f"{ROLLOUT}.max_num_seqs": min(256, responses),
         f"{ROLLOUT}.agent.num_workers": 1,
-        f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes": 64,
         "reward.num_workers": 1,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
         **(_ONE_PROCESS if spec.resources.tensor_parallel == 1 else {}),
@@ -264,7 +265,10 @@ _REFUSED = {
 """Settings of verl's under which a run could not be measured or resumed."""
 
 
-_CHANGEABLE = {f"{ROLLOUT}.max_num_seqs", f"{ROLLOUT}.agent.num_workers", "reward.num_workers", f"{ACTOR}.strategy"}
+_CHANGEABLE = {
+    *(f"{ROLLOUT}.max_num_seqs", f"{ROLLOUT}.agent.num_workers", transfer.BUCKET_KEY),
+    *("reward.num_workers", f"{ACTOR}.strategy"),
+}
 
 _OWN_KEYS = {
     "data.train_batch_size": "train.prompts_per_step",

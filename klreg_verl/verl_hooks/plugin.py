@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from klreg_verl.experiment import own_code
-from klreg_verl.verl_hooks import loopback
+from klreg_verl.verl_hooks import loopback, progress, transfer
 from klreg_verl.verl_hooks.post_import import after_import
 
 KL_VARIABLE = "KLREG_KL"
@@ -41,6 +41,10 @@ def activate() -> None:
         after_import("verl.trainer.ppo.core_algos", _register_advantages)
         after_import("verl.trainer.ppo.v1.trainer_sync", _replace_sync_trainer)
         after_import("verl.utils.torch_functional", _logprobs_in_blocks)
+        after_import("verl.workers.rollout.llm_server", progress.count_responses)
+        after_import("verl.experimental.agent_loop.agent_loop", progress.count_rewards)
+        after_import("verl.workers.rollout.vllm_rollout.vllm_rollout", transfer.notice_failures)
+        after_import("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer", transfer.keep_the_first_error)
 
 
 def _forward_environment(module: ModuleType) -> None:

@@ -24,6 +24,7 @@ class Recorder:
         if spec is None:
             raise ValueError(f"{RUN_VARIABLE}={folder.path} is not a run folder: it has no spec.json.")
         self.spec = spec
+        self._owner = folder.owner()
         self._unmarked: int | None = None
 
     @classmethod
@@ -49,7 +50,16 @@ class Recorder:
         self._unmarked = step
 
     def log(self, data: dict[str, Any], step: int) -> None:
-        """Append one line; then declare this step's checkpoint whole and remove the oldest."""
+        """Append one line; then declare this step's checkpoint whole and remove the oldest.
+
+        Raises:
+            RuntimeError: the process that started this attempt is gone, so another one may write here now.
+        """
+        if self._owner is not None and not self.folder.still_owned(self._owner):
+            raise RuntimeError(
+                f"{self.folder.path} is no longer held by the process that started this attempt: it was killed, and "
+                f"another one may write here now. Step {step} was not written. Run the same command again to resume."
+            )
         self.folder.append_metrics(step, numbers(data))
         if self._unmarked == step:
             checkpoints.mark_complete(checkpoints.step_folder(self.folder.checkpoints_dir, step))

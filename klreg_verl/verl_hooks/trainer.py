@@ -37,6 +37,7 @@ from klreg_verl.verl_hooks import (
     exact,
     measure,
     names,
+    progress,
     reference,
     reference_samples,
     rows,
@@ -49,7 +50,7 @@ from klreg_verl.verl_hooks import (
 from klreg_verl.verl_hooks.beta import Beta
 from klreg_verl.verl_hooks.headline import Headline
 from klreg_verl.verl_hooks.loss import actor_loss
-from klreg_verl.verl_hooks.plugin import KL_VARIABLE
+from klreg_verl.verl_hooks.plugin import KL_VARIABLE, RUN_VARIABLE
 from klreg_verl.verl_hooks.recorder import Recorder
 from klreg_verl.verl_hooks.rows import Rows
 from klreg_verl.verl_hooks.watch import Watch
@@ -71,10 +72,16 @@ class KLRegTrainer(PPOTrainerSync):
         self.beta, self.watch = Beta(self.kl), Watch(self.block.alarms)
         self.recorder = Recorder.from_environment()
         self.headline = Headline(self.recorder and self.recorder.folder)
+        self.progress = progress.of_run(os.environ.get(RUN_VARIABLE), progress.TRAINER)
+        self._begin("start", "reading the settings")
         prepare(config, self.kl)
         super().__init__(config)
         self.replay_buffer.poll_interval = POLL_SECONDS
         print(active_line(config, self.kl), flush=True)
+
+    def _begin(self, phase: str, doing: str) -> None:
+        """Write down what comes next: a run that stands still there is ended with these words."""
+        self.progress.is_at(phase, doing, getattr(self, "global_steps", 0))
 
     # verl's fit() makes the tracker and logs to it once a step; the run folder is one more destination.
     @property
@@ -89,6 +96,7 @@ class KLRegTrainer(PPOTrainerSync):
 
     def on_init_end(self) -> None:
         """The workers get our loss once they exist."""
+        self._begin("start", "sending the first weights to vLLM")
         super().on_init_end()
         self.reference_hash = self.actor_rollout_wg.reference_hash()[0]
         print(f"[klreg] reference hash at the start of this attempt: {self.reference_hash}", flush=True)
@@ -108,12 +116,14 @@ class KLRegTrainer(PPOTrainerSync):
         return self.block.probes.is_due("exact_every", self.global_steps)
 
     def _init_resource_pool_mgr(self) -> None:
+        self._begin("start", "loading the models and starting vLLM")
         super()._init_resource_pool_mgr()
         worker.install(self, self.block.reference)
 
     def on_train_begin(self) -> None:
         """What is drawn from the reference is drawn while it still is the policy."""
         super().on_train_begin()
+        self._begin("rollout", "sampling from the reference")
         reference_samples.prepare(self)
 
     def on_step_begin(self) -> None:
@@ -123,6 +133,22 @@ class KLRegTrainer(PPOTrainerSync):
         moved = self.beta.begin_step()
         if (moved and self.kl.in_loss) or self.probed != self.probing:
             self.send_loss()
+        self._begin("rollout", "sampling")
+
+    def on_sample_end(self) -> None:
+        """verl's; what follows is the update."""
+        self._begin("update", "computing log-probabilities")
+        super().on_sample_end()
+
+    def on_validate_begin(self) -> None:
+        """verl's; what follows is sampling, too."""
+        self._begin("rollout", "validating")
+        super().on_validate_begin()
+
+    def _compute_reward_colocate(self, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        """verl's, where the reward model takes turns with the sampler."""
+        self._begin("reward", "asking the reward model")
+        return super()._compute_reward_colocate(*args, **kwargs)
 
     def _balance_batch(self, batch: KVBatchMeta, *args: Any, **kwargs: Any) -> KVBatchMeta:
         """Order rows by (prompt, sample), so that the same samples give the same batch whoever finished first."""
@@ -144,6 +170,7 @@ class KLRegTrainer(PPOTrainerSync):
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """verl's, and where asked both models' at temperature 1."""
+        self._begin("update", "computing the reference's log-probabilities")
         batch = super()._compute_ref_log_prob(batch, metrics)
         due = self.block.probes.is_due("temperature_one_every", self.global_steps)
         self.at_one = temperature_one.logprobs(self, batch) if due else None
@@ -163,6 +190,7 @@ class KLRegTrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """verl's update; the checkpoint that may follow holds the beta of the next one."""
+        self._begin("update", "updating the actor")
         reference_samples.begin_update(self)
         batch = super()._update_actor(batch, metrics)
         self.beta.updated(self.measured, len(self.sampled.samples), self.global_steps)
@@ -172,6 +200,7 @@ class KLRegTrainer(PPOTrainerSync):
     def on_step_end(self) -> None:
         """verl's; after the last step a reference that was to stay must be the one that the run started with."""
         stopping.save_if_asked(self)
+        self._begin("update", "sending the weights to vLLM")
         super().on_step_end()
         if self.global_steps >= self.total_training_steps and not self.block.reference.moves:
             reference.require_same(self.reference_hash, self.actor_rollout_wg.reference_hash()[0])
@@ -215,6 +244,7 @@ class KLRegTrainer(PPOTrainerSync):
     def _save_checkpoint(self) -> None:
         if self.recorder is not None and not self.recorder.wants_checkpoint(self.global_steps):
             return
+        self._begin("update", "saving a checkpoint")
         super()._save_checkpoint()
         self.beta.save(self._checkpoint_folder())
         if self.reference_hash is not None:
@@ -223,6 +253,7 @@ class KLRegTrainer(PPOTrainerSync):
             self.recorder.checkpoint_saved(self.global_steps)
 
     def _load_checkpoint(self) -> None:
+        self._begin("start", "looking for a checkpoint")
         super()._load_checkpoint()
         if self.global_steps:
             folder = self._loaded_folder()

@@ -23,7 +23,7 @@ from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from klreg_verl.experiment.recipe import ReferenceSpec
-from klreg_verl.verl_hooks import names
+from klreg_verl.verl_hooks import names, progress, transfer
 from klreg_verl.verl_hooks.exact import ExactLoss
 from klreg_verl.verl_hooks.reference import RECORD, Record, Reference, check_vocabulary
 from klreg_verl.verl_hooks.reference_loss import Order, ReferenceLoss, Samples
@@ -79,6 +79,11 @@ class KLRegWorker(ActorRolloutRefWorker):
         super().init_model()
         if settings.moves:
             self.reference.check_can_follow(self.actor.engine.module)
+        if self.actor is not None and self.rollout is not None:
+            transfer.prepare(self.actor.engine, self.rollout)
+        for part in filter(None, (self.actor, self.ref)):
+            progress.count_batches(part.engine)
+        progress.here().count(models=1)
 
     @property
     def reference(self) -> Reference:
