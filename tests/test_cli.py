@@ -737,13 +737,13 @@ def test_doctor_plan_status_and_report_need_no_verl_ray_vllm_or_transformers(stu
     folder.append_metrics(1, {"train/accuracy": 0.5})
     command = [sys.executable, "-c", BLOCKED, str(study)]
     where = {"cwd": study.parent, "env": environment(study.parent)}
-    done = subprocess.run(command, **where, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, **where, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly(study: Path):
     command = f"{sys.executable} -m klreg_verl.cli run {study} --dry-run --runs-dir {study.parent} | head -1"
     where = {"cwd": study.parent, "env": environment(study.parent)}
-    done = subprocess.run(["bash", "-c", command], **where, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(["bash", "-c", command], **where, capture_output=True, text=True, timeout=900)
     assert done.stdout == "platform: cpu\n"
     assert "Traceback" not in done.stderr

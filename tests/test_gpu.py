@@ -379,7 +379,7 @@ def hub(tmp_path: Path, code: str) -> str:
     ask = f"print(gpu.check_hub({R1!r}, None, os.environ))"
     program = f"import os\nfrom launch import gpu\ntry: {ask}\nexcept ValueError as error: print(error)"
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", **json.loads(code)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=280)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -140,7 +140,6 @@ def start() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("responses", [600, pytest.param(2400, marks=pytest.mark.full(minutes=2))])
 def test_nothing_that_a_model_writes_raises_hangs_or_leaves_anything(tmp_path, monkeypatch, responses):
     monkeypatch.chdir(tmp_path)

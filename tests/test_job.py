@@ -47,7 +47,7 @@ def start(tmp_path: Path):
         for name in ("srun", "scontrol"):
             (tmp_path / name).chmod(0o755)
         command = [sys.executable, "-I", job.__file__, str(folder)]
-        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=280)
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=900)
         assert not done.stderr, done.stderr
         return done.returncode, done.stdout
 

@@ -118,7 +118,7 @@ def test_our_driver_refuses_to_start_where_verls_workers_would_not_load_the_plug
         KLREG_KL=str(kl_file), VERL_PLATFORM="cpu", VERL_USE_EXTERNAL_PLUGINS="none", VERL_USE_EXTERNAL_MODULES=""
     )
     command = [sys.executable, "-m", "klreg_verl.verl_hooks.main", "trainer.total_training_steps=1"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900)
     assert done.returncode != 0
     assert done.stderr.rstrip().endswith(
         "RuntimeError: verl would start PPOTrainerSync, not KLRegTrainer: its plugin entry point did not load. Check "

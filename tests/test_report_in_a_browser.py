@@ -29,7 +29,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def browse(page: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [str(BROWSER), *FLAGS, f"--user-data-dir={folder / 'profile'}", *flags, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_the_page_loads_without_a_word_on_the_console_and_has_every_figure(page: Path, tmp_path: Path):

@@ -19,8 +19,6 @@ from launch import session as sessions
 from launch.guardian import Place, below
 from launch.session import End, Session, attached_session, ray_session
 
-pytestmark = pytest.mark.timeout(180)
-
 STORE = 80 * 2**20
 """Ray's smallest object store is 75 MB."""
 

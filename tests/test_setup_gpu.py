@@ -20,7 +20,7 @@ DEFINITION = (ROOT / "launch/env/klreg.def").read_text()
 
 def setup(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | variables)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | variables)
 
 
 @pytest.fixture

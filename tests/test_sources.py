@@ -116,7 +116,7 @@ def hub_process(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str
     environment = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(cache)}
     root = Path(sources.__file__).parent.parent
     command = [sys.executable, "-c", FROM_HUB, *arguments]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_the_hub_is_read_from_its_cache_at_the_pinned_revisions(tmp_path):

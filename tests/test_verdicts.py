@@ -142,7 +142,7 @@ def klreg(*arguments: str | Path) -> tuple[int, str, list[str]]:
         f"    print(json.dumps([end.code or 0, sorted(set({HEAVY}) & set(sys.modules))]))"
     )
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=900)
     text, _, last = done.stdout.rstrip("\n").rpartition("\n")
     status, heavy = json.loads(last)
     return status, text, heavy

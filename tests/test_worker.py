@@ -28,7 +28,7 @@ from klreg_verl.core import exact as core
 from klreg_verl.core import logprobs
 from klreg_verl.experiment.kl_settings import KLSpec, ReferenceSpec
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test waits for three processes
+pytestmark = pytest.mark.slow
 
 HOOKS = "klreg_verl.verl_hooks"
 

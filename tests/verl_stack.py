@@ -88,7 +88,7 @@ def environment(**variables: str) -> dict[str, str]:
 def run_python(code: str, **variables: str) -> str:
     """Output of `python -c code` in its own process, which must succeed."""
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -108,7 +108,7 @@ def run_workers(script: Path, folder: Path, workers: int) -> list[dict[Any, Any]
         for command, log in zip(commands, logs, strict=True)
     ]
     try:
-        codes = [process.wait(timeout=280) for process in processes]
+        codes = [process.wait(timeout=1500) for process in processes]
     finally:
         for process, log in zip(processes, logs, strict=True):
             process.kill()

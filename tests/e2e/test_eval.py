@@ -79,7 +79,6 @@ def wait_until_gone(lab: Lab, seconds: float = 120) -> None:
     assert not left
 
 
-
 def test_an_evaluation_that_is_killed_goes_on_and_models_take_turns_in_one_engine(
     lab: Lab, run: RunFolder, tmp_path: Path
 ):

@@ -166,9 +166,7 @@ def test_a_run_whose_processes_are_killed_one_by_one_resumes_and_repeats_what_wa
 
 
 @pytest.mark.full(minutes=4)  # two starts, and two workers
-def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(
-    lab: Lab, tmp_path: Path
-):
+def test_two_studies_side_by_side_two_workers_and_a_plain_verl_command(lab: Lab, tmp_path: Path):
     """A user's own project on two FSDP workers, while verl's own main runs with our hooks next to it."""
     model = build_inputs(QUICK, lab)
     project = users_project(tmp_path / "project", lab, model)
