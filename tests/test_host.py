@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,3 +94,12 @@ def test_the_headers_are_looked_for_where_this_python_has_them(tmp_path: Path):
     if not (host._include() / "Python.h").is_file():
         pytest.skip(f"{host._include()} has no Python.h")
     assert host.check_compiler({"PATH": str(tmp_path)}) == str(tmp_path / "gcc")
+
+
+def test_a_tiny_model_gets_one_thread_and_a_larger_one_the_cores_shared_by_its_workers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert host.threads(905_000, workers=1) == 1
+    assert host.threads(134_515_008, workers=1) == 6
+    assert host.threads(134_515_008, workers=4) == 1  # 6 cores for four
+    assert host.threads(134_515_008, workers=8) == 1
+    assert host.threads(None, workers=2) == 3  # a model that is not counted is not tiny

@@ -21,6 +21,7 @@ import pytest
 
 from klreg_verl.experiment import claims, plan, recipe
 from klreg_verl.experiment.plan import RunSpec
+from klreg_verl.experiment.settings import ModelSpec
 from klreg_verl.experiment.store import RunFolder, run_folder
 from klreg_verl.verl_hooks import cpu, overrides
 from launch import gpu, inputs, local, preflight
@@ -388,3 +389,13 @@ def test_the_card_of_a_resumed_run_keeps_the_claims_that_its_first_steps_were_ta
     folder.append_metrics(1, {"train/accuracy": 0.5})
     assert claims.registered({"claims": local._claims(after, folder)})["c"]["margin"] == 0.1
     assert local._claims(after, folder)["list"]["c"]["margin"] == 0.5
+
+
+def test_the_threads_of_a_cpu_run_follow_from_its_model_unless_the_user_says_them(spec, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    tiny, larger = (replace(spec, model=ModelSpec(path=path)) for path in ("tiny", "smollm2"))
+    assert local.session_environment(tiny, "cpu")["OMP_NUM_THREADS"] == "1"
+    assert local.session_environment(larger, "cpu")["OMP_NUM_THREADS"] == "6"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert local.session_environment(larger, "cpu")["OMP_NUM_THREADS"] == "3"

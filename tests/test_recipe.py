@@ -272,7 +272,7 @@ def test_a_grid_given_on_the_command_line_replaces_the_default_value(load: Load)
         ("  none:\n", "  no/ne:\n", "the name 'no/ne' becomes a folder. Use letters, digits, _ and -."),
         ("  none:\n    kl:", "  none:\n    kll:", "study.yaml:8: arms.none.kll: unknown key 'kll'. Did you mean 'kl'?"),
         ("model: {path: tiny}\n", "", "study.yaml:1: model: missing. It has no default and must be written."),
-        ("path: tiny", "path: org/x, options: {a: 1}", "has no effect: only `path: tiny` is built here, 'org/x' is"),
+        ("path: tiny", "path: org/x, options: {a: 1}", "has no effect: only `path: tiny` is trained here, 'org/x' is"),
         ("path: tiny", "path: tiny, revision: abc", "only Hugging Face ids have revisions, not 'tiny'."),
         ("path: tiny", "path: ''", "model.path: is empty. Give `tiny`, a folder, or a Hugging Face id."),
         ("seeds: [1, 2]", "seeds: 1", "study.yaml:4: seeds: expected a list of whole numbers, got 1. Write [1]."),
