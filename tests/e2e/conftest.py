@@ -23,10 +23,12 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cache(request: pytest.FixtureRequest) -> Path:
-    """Data and tiny models, built once and kept beside pytest's own cache (or in KLREG_TEST_CACHE)."""
-    kept = os.environ.get("KLREG_TEST_CACHE")
-    return Path(kept) if kept else request.config.cache.mkdir("klreg")
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and tiny models, built once and kept in KLREG_TEST_CACHE or beside pytest's own cache, where it has one."""
+    if kept := os.environ.get("KLREG_TEST_CACHE"):
+        return Path(kept)
+    pytests = getattr(request.config, "cache", None)
+    return pytests.mkdir("klreg") if pytests else tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
