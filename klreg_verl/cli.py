@@ -1,6 +1,7 @@
 """The `klreg` command. Thin: every subcommand reads its arguments, calls one function, and prints.
 
-Exit code 0: success; 1: something failed; 2: bad input. Nothing heavy is imported before a subcommand needs it.
+Exit code 0: success; 1: something failed; 2: bad input; 130: Ctrl-C (128 + the signal).
+Nothing heavy is imported before a subcommand needs it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -271,7 +273,7 @@ def _run(specs: list[RunSpec], root: Path, platform: str, ray_address: str | Non
             return local.run(specs, root, platform, display, ray_address, share)
     except local.Interrupted as signal_name:
         typer.echo(f"Stopped by {signal_name}. The same command resumes from the last checkpoint.")
-        raise typer.Exit(1) from None
+        raise typer.Exit(128 + signal.Signals[str(signal_name)]) from None
 
 
 def _show_failure(outcome: Any, root: Path) -> None:

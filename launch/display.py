@@ -54,6 +54,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def remaining(text: str, seconds: float | None) -> str:
+    """The text with the time in it; empty where it is not known."""
+    return "" if seconds is None else text.format(clock(seconds))
+
+
 class PlainDisplay:
     """One line per event, for logs and pipes."""
 
@@ -77,7 +82,7 @@ class PlainDisplay:
         print(
             f"{spec.run_id} step {line['step']}/{spec.train.steps} {headline(line)[0]} {headline_text(line)} "
             f"KL {number(line, 'kl_ref/k1_response')} entropy {number(line, 'entropy/token')} "
-            f"{number(line, 'perf/tokens_per_s', 0)} tokens/s left {clock(self._pace.left(spec))}",
+            f"{number(line, 'perf/tokens_per_s', 0)} tokens/s{remaining(' left {}', self._pace.left(spec))}",
             flush=True,
         )
 
@@ -115,9 +120,11 @@ class Pace:
     def end(self, spec: RunSpec) -> None:
         self._over.add(spec.run_id)
 
-    def left(self, spec: RunSpec) -> float:
-        """Seconds to the end of the study, if all runs are as long as this one."""
-        step = self.step_seconds or 0.0
+    def left(self, spec: RunSpec) -> float | None:
+        """Seconds to the end of the study, if all runs are as long as this one; None before a step was timed."""
+        step = self.step_seconds
+        if step is None:
+            return None
         later = max(0, self.runs - len(self._over) - 1) * (self.startup_seconds + step * spec.train.steps)
         return step * (spec.train.steps - self.done) + later
 
@@ -164,7 +171,7 @@ class LiveDisplay:
             number(line, "perf/tokens_per_s", 0),
         ]
         self._set(spec, [*self._row(spec, "running", str(line["step"]))[:5], *numbers])
-        left = f"{clock(self._pace.left(spec))} left"
+        left = remaining("{} left", self._pace.left(spec))
         self._bar.update(self._task, completed=line["step"], left=left, description=f"{spec.arm} seed {spec.seed}")
 
     def end(self, spec: RunSpec, status: str, reason: str) -> None:

@@ -7,12 +7,13 @@ A run's driver is verl's own main with our settings (klreg_verl/verl_hooks/main.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -91,7 +92,7 @@ def run(
     if not waiting:
         return outcomes
     files = {spec.run_id: inputs.prepare(spec, runs_dir, display.note) for spec in waiting}
-    with stop_signals(), _session(waiting, platform, ray_address) as session:
+    with stop_signals(display.note), _session(waiting, platform, ray_address) as session:
         for spec in waiting:
             try:
                 outcomes.append(run_one(spec, files[spec.run_id], runs_dir, platform, session, display))
@@ -294,8 +295,10 @@ def _threads(spec: RunSpec) -> dict[str, str]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[None]:
+def stop_signals(tell: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """Ctrl-C and SIGTERM raise Interrupted once; a second Ctrl-C during clean-up is ignored, so that it completes.
+
+    `tell` gets a line at once, since the clean-up takes seconds.
 
     A signal that is ignored already (nohup) stays so. Outside the main thread Python cannot handle signals at all.
     """
@@ -303,7 +306,10 @@ def stop_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         for other in before:
             signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(signal.Signals(number).name)
+        name = signal.Signals(number).name
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of another line
+            tell(f"{name}: ending the run, its workers, vLLM and Ray. What was saved stays.")
+        raise Interrupted(name)
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():

@@ -321,16 +321,17 @@ def test_a_failure_of_the_stack_is_told_without_a_traceback_and_exits_with_1(klr
     assert (result.exit_code, "Ray did not start: no room" in result.output) == (1, True)
 
 
-def test_a_stop_is_told_once_and_exits_with_1(klreg, study, monkeypatch):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stop_is_told_once_and_exits_as_a_shell_has_it(klreg, study, monkeypatch, name, code):
     from launch import local
 
     def stop(*_: object) -> None:
-        raise local.Interrupted("SIGTERM")
+        raise local.Interrupted(name)
 
     monkeypatch.setattr(local, "run", stop)
     result = klreg("run", study)
-    assert result.exit_code == 1
-    assert result.output == ("platform: cpu\nStopped by SIGTERM. The same command resumes from the last checkpoint.\n")
+    assert result.exit_code == code
+    assert result.output == (f"platform: cpu\nStopped by {name}. The same command resumes from the last checkpoint.\n")
 
 
 def test_failed_runs_show_their_log_even_if_the_report_cannot_be_written(klreg, study, monkeypatch):

@@ -313,6 +313,20 @@ def heard():
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize("interrupted_a_line", [False, True])
+def test_a_signal_is_answered_with_a_line_before_anything_is_ended(interrupted_a_line):
+    told = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        if interrupted_a_line:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+
+    with pytest.raises(Interrupted, match="SIGINT"), local.stop_signals(tell):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert told == ["SIGINT: ending the run, its workers, vLLM and Ray. What was saved stays."]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_marks_the_run_interrupted_and_a_second_one_does_not_disturb_the_clean_up(
     spec, files, tmp_path, number, heard
