@@ -6,6 +6,7 @@ Nothing heavy is imported before a subcommand needs it.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import shlex
@@ -203,6 +204,25 @@ def doctor(
             _explain(spec, as_json)
         else:
             _judge_all(of_verl, estimator, figure, as_json)
+
+
+@app.command()
+def adopt(
+    words: Annotated[list[str], typer.Argument(help="-- python -m verl.trainer.main_ppo key=value ...")],
+    as_json: AsJson = False,
+) -> None:
+    """A command of verl's with verl's own KL, rewritten to run under a KL block that says what verl followed."""
+    from dataclasses import asdict
+
+    from klreg_verl.verl_hooks import adopt as adopting
+
+    with told():
+        adopted = adopting.adopt(words)
+        if as_json:
+            said = asdict(adopted) | {"kl": adopted.block, "script": adopted.script}
+            typer.echo(json.dumps(said, indent=2))
+        else:
+            typer.echo(adopted.script)
 
 
 app.command("kl")(told()(own_modules()(kl_command)))
@@ -453,17 +473,18 @@ def _explain(arm: str, as_json: bool) -> None:
 
     path, _, name = arm.partition("#")
     _, specs = selected(Path(path), arms=[name] if name else None)
-    kl, train = specs[0].kl, specs[0].train
-    how = (train.advantage, train.updates_per_batch, train.policy_aggregation)
+    kl, objective = specs[0].kl, specs[0].objective
 
     def told() -> str:
         from klreg_verl import doctor
 
         if as_json:
-            return json.dumps([doctor.row(doctor.judge_setting(kl, train.policy_aggregation))], indent=2)
-        return doctor.explain(kl, *how)
+            row = doctor.row(doctor.judge_setting(kl, objective)) | {"beside": objective.beside(kl.placement)}
+            return json.dumps([row], indent=2)
+        return doctor.explain(kl, objective)
 
-    typer.echo(verdicts.about(kl, {"asked": "explain", "how": how, "json": as_json}, told))
+    question = {"asked": "explain", "objective": dataclasses.asdict(objective), "json": as_json}
+    typer.echo(verdicts.about(kl, question, told))
 
 
 def _judge_all(of_verl: bool, estimator: str | None, figure: Path | None, as_json: bool) -> None:

@@ -10,6 +10,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from klreg_verl.verl_hooks import names
 from launch.session import End
 
 TRACEBACK = "Traceback (most recent call last):"
@@ -33,12 +34,18 @@ class Line:
 
 
 def reason(log: Path, end: End) -> str:
-    """One line: the first error that a traceback of the log ends in, or how the driver ended; both if it was killed."""
-    error = first_error(clean(log))
+    """One line: why our hooks refused to start, the first error that a traceback of the log ends in, or how the driver
+    ended; both if it was killed."""
+    lines = clean(log)
+    error = _refusal(lines) or first_error(lines)
     killed = end.lost or (exit_reason(end.code) if end.code < 0 else None)
     if killed:
         return killed + (f"; the first error in its log: {error}" if error else "")
     return error or exit_reason(end.code)
+
+
+def _refusal(lines: list[Line]) -> str | None:
+    return next((line.text.removeprefix(names.REFUSED) for line in lines if line.text.startswith(names.REFUSED)), None)
 
 
 def exit_reason(code: int) -> str:

@@ -237,8 +237,7 @@ def write_attempt(
     kl_file = attempt / "kl.yaml"
     atomic_write(kl_file, inputs.kl_yaml(spec))
     write_json(attempt / "verl.json", settings)
-    train = spec.train
-    gradient = doctor.explain(spec.kl, train.advantage, train.updates_per_batch, train.policy_aggregation)
+    gradient = doctor.explain(spec.kl, spec.objective)
     skills = {f"retention/{name}": path for name, path in zip(spec.retention.skills, files.retention, strict=True)}
     card = provenance.collect(
         spec,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from klreg_verl import doctor
-from klreg_verl.core import kl, penalties
+from klreg_verl.core import kl, objective, penalties
+from klreg_verl.core.objective import Objective
 from klreg_verl.doctor import enumeration, gradients
 from klreg_verl.doctor.policies import LENGTHS, Problem, lengthening, panel, problem, repeated
 from klreg_verl.doctor.rules import AGGREGATIONS, Rule
@@ -481,7 +482,8 @@ def test_the_whole_block_is_read_and_none_stands_for_the_default():
     # the KL's own aggregation, and not the policy loss's, decides in the loss
     sums = "seq-mean-token-sum"
     doctor.check_claim(
-        Whole(placement="loss", estimator="k2", follows="reverse", aggregation=sums), "seq-mean-token-mean"
+        Whole(placement="loss", estimator="k2", follows="reverse", aggregation=sums),
+        Objective(loss_aggregation="seq-mean-token-mean"),
     )
 
 
@@ -515,9 +517,9 @@ def test_what_does_not_follow_is_refused_with_the_change_that_would(block, told)
 
 def test_a_charge_goes_through_the_policy_losss_aggregation():
     setting = Whole(placement="reward", estimator="k1", follows="reverse")
-    doctor.check_claim(setting, "token-sum")
+    doctor.check_claim(setting, Objective(loss_aggregation="token-sum"))
     with pytest.raises(ValueError, match="With train.loss_aggregation='token-mean' it follows the reverse KL"):
-        doctor.check_claim(setting, "seq-mean-token-mean")
+        doctor.check_claim(setting, Objective(loss_aggregation="seq-mean-token-mean"))
 
 
 def test_k1_in_the_loss_is_refused_with_the_reason_and_the_way_out():
@@ -560,8 +562,14 @@ def test_a_missing_claim_and_a_claim_about_nothing_are_refused():
 # ---------------------------------------------------------------------------------------------------------------- words
 
 
+def explain(setting: Any, advantage: str, updates: int, **beside: Any) -> str:
+    settings = {f"{objective.LOSS}.{name}": value for name, value in beside.items()}
+    options = {"advantage": advantage, "updates_per_batch": updates, "loss_aggregation": "token-mean"}
+    return doctor.explain(setting, objective.objective(settings, **options))
+
+
 def test_reverse_in_the_reward_in_words():
-    text = doctor.explain(Setting(placement="reward", estimator="k1", follows="reverse"), "rloo", 1)
+    text = explain(Setting(placement="reward", estimator="k1", follows="reverse"), "rloo", 1)
     assert text.startswith(
         "k1 is charged to the reward with beta 0.1. "
         "It follows the reverse KL, KL(pi || pi_ref), of whole responses: the expected gradient is exactly that one. "
@@ -573,22 +581,22 @@ def test_reverse_in_the_reward_in_words():
 
 
 def test_forward_in_the_loss_in_words():
-    text = doctor.explain(Setting(placement="loss", estimator="k3", follows="forward"), "rloo", 1)
+    text = explain(Setting(placement="loss", estimator="k3", follows="forward"), "rloo", 1)
     assert "follows the forward KL, KL(pi_ref || pi), per token, on the policy's own prefixes" in text
     assert "How a token steers later ones is left out" in text
 
 
 def test_credit_correction_and_cap_in_words():
-    text = doctor.explain(Whole(placement="reward", estimator="k1", credit="token", cap=20.0), "rloo", 1)
+    text = explain(Whole(placement="reward", estimator="k1", credit="token", cap=20.0), "rloo", 1)
     assert text.startswith("k1 is charged to the reward with beta 0.1 (credit token). It follows the reverse KL")
     assert "This holds while no token reaches the cap of 20 nats" in text
     clipped = Whole(placement="loss", estimator="k2", shaping=Shaping(kind="clip", threshold=500.0))
-    assert "while no token's value reaches the clip at 500 nats" in doctor.explain(clipped, "rloo", 1)
+    assert "while no token's value reaches the clip at 500 nats" in explain(clipped, "rloo", 1)
 
 
 def test_more_updates_per_batch_change_the_direction():
-    in_reward = doctor.explain(Setting(placement="reward", estimator="k1", follows="reverse"), "rloo", 4)
-    in_loss = doctor.explain(Setting(placement="loss", estimator="k2", follows="reverse"), "rloo", 4)
+    in_reward = explain(Setting(placement="reward", estimator="k1", follows="reverse"), "rloo", 4)
+    in_loss = explain(Setting(placement="loss", estimator="k2", follows="reverse"), "rloo", 4)
     assert "With 4 updates per batch this holds for the first one only; then the direction changes" in in_reward
     assert "KL(pi || pi_ref) - KL(pi || mu)" in in_reward and "PPO's clip also zeroes the KL part" in in_reward
     assert "without an importance weight" in in_loss and "PPO's clip" not in in_loss
@@ -596,34 +604,35 @@ def test_more_updates_per_batch_change_the_direction():
 
 def test_a_correction_holds_for_more_updates_per_batch():
     setting = Whole(placement="loss", estimator="k3", correction="importance")
-    text = doctor.explain(setting, "rloo", 4)
+    text = explain(setting, "rloo", 4)
     assert "(correction importance)" in text and "It still holds in the later ones of 4 updates per batch" in text
     assert "this holds for the first one only" not in text
 
 
 def test_beta_under_each_advantage_in_words():
     texts = {
-        name: doctor.explain(Setting(placement="reward", estimator="k1", follows="reverse"), name, 1)
+        name: explain(Setting(placement="reward", estimator="k1", follows="reverse"), name, 1)
         for name in ("rloo", "grpo", "dr_grpo")
     }
     assert "beta is not rescaled by it" in texts["grpo"] and "beta * std in units of reward" in texts["grpo"]
     assert "(n - 1) / n" in texts["dr_grpo"]
-    with pytest.raises(ValueError, match="no advantage estimator 'gae'. Known: rloo, grpo, dr_grpo"):
-        doctor.explain(Setting(placement="reward", estimator="k1"), "gae", 1)
+    assert "gae puts the task's advantage on a scale of its own" in explain(
+        Setting(placement="loss", estimator="k3", follows="forward"), "gae", 1
+    )
 
 
 def test_beta_under_two_aggregations_and_inside_the_std_in_words():
     own = Whole(placement="loss", estimator="k2", aggregation="seq-mean-token-sum")
-    assert "the policy loss aggregates by token-mean and the KL by seq-mean-token-sum" in doctor.explain(own, "rloo", 1)
+    assert "the policy loss aggregates by token-mean and the KL by seq-mean-token-sum" in explain(own, "rloo", 1)
     inside = Whole(placement="reward", estimator="k1", normalize_with_reward=True, allow_biased=True)
-    text = doctor.explain(inside, "grpo", 1)
+    text = explain(inside, "grpo", 1)
     assert "beta cancels" in text and "What beta means changes from group to group" in text
 
 
 def test_a_refused_setting_and_no_kl_in_words():
-    biased = doctor.explain(Setting(placement="reward", estimator="k3", allow_biased=True), "rloo", 1)
+    biased = explain(Setting(placement="reward", estimator="k3", allow_biased=True), "rloo", 1)
     assert "This is biased and follows no divergence." in biased
-    assert doctor.explain(Setting(placement="none", beta=None), "rloo", 1).startswith("No KL term")
+    assert explain(Setting(placement="none", beta=None), "rloo", 1).startswith("No KL term")
 
 
 def test_torchs_threads_are_as_before():

@@ -399,7 +399,7 @@ def test_any_command_gets_the_reference_the_samplers_log_probs_and_seeds():
             "algorithm.adv_estimator": "grpo",
         }
     )
-    hook("trainer").prepare(prepared, REVERSE)
+    hook("commands").prepare(prepared, REVERSE)
     actor, ref, rollout = (prepared.actor_rollout_ref[part] for part in ("actor", "ref", "rollout"))
     assert (actor.use_kl_loss, actor.kl_loss_coef) == (True, 0.0)
     assert (ref.log_prob_micro_batch_size_per_gpu, rollout.calculate_log_probs) == (4, True)
@@ -424,7 +424,7 @@ AGENT = "actor_rollout_ref.rollout.agent"
 def test_a_users_own_sampling_is_left_as_it_is(own: dict[str, str]):
     prepared = config(**own)
     before = dict(prepared.actor_rollout_ref.rollout.agent)
-    hook("trainer").prepare(prepared, FORWARD)
+    hook("commands").prepare(prepared, FORWARD)
     assert dict(prepared.actor_rollout_ref.rollout.agent) == before
 
 
@@ -439,36 +439,36 @@ def test_a_users_own_sampling_is_left_as_it_is(own: dict[str, str]):
 def test_two_kl_terms_are_refused(own: dict[str, Any]):
     text = "two KL terms would be followed. Switch verl's off, or unset KLREG_KL."
     with pytest.raises(ValueError, match=re.escape(text)):
-        hook("trainer").prepare(config(**own), KLSpec())
+        hook("commands").prepare(config(**own), KLSpec())
 
 
 def test_kl_in_the_reward_needs_an_advantage_that_compares_siblings():
     text = "kl.placement=reward with algorithm.adv_estimator=gae: KL is charged against a group's other responses."
     with pytest.raises(ValueError, match=re.escape(text) + ".*or kl.placement=loss"):
-        hook("trainer").prepare(config(**{"algorithm.adv_estimator": "gae"}), REVERSE)
-    hook("trainer").prepare(config(**{"algorithm.adv_estimator": "gae"}), FORWARD)
+        hook("commands").prepare(config(**{"algorithm.adv_estimator": "gae"}), REVERSE)
+    hook("commands").prepare(config(**{"algorithm.adv_estimator": "gae"}), FORWARD)
 
 
 def test_kl_normalized_with_the_reward_needs_an_advantage_that_divides_by_the_std():
     biased = dataclasses.replace(REVERSE, normalize_with_reward=True, allow_biased=True)
     text = "kl.placement=reward and normalize_with_reward with algorithm.adv_estimator=rloo: KL is charged"
     with pytest.raises(ValueError, match=re.escape(text)):
-        hook("trainer").prepare(config(**{"algorithm.adv_estimator": "rloo"}), biased)
-    hook("trainer").prepare(config(**{"algorithm.adv_estimator": "grpo"}), biased)
+        hook("commands").prepare(config(**{"algorithm.adv_estimator": "rloo"}), biased)
+    hook("commands").prepare(config(**{"algorithm.adv_estimator": "grpo"}), biased)
 
 
 @pytest.mark.parametrize("own", [{"top_p": 0.9}, {"top_k": 20}], ids=str)
 def test_samples_that_are_cut_off_are_refused_in_a_plain_command(own: dict[str, Any]):
     given = {f"actor_rollout_ref.rollout.{name}": value for name, value in own.items()}
     with pytest.raises(ValueError, match="every KL estimate is biased by that. Use top_p=1 and top_k=-1."):
-        hook("trainer").prepare(config(**given), FORWARD)
+        hook("commands").prepare(config(**given), FORWARD)
 
 
 def test_a_sum_over_a_constant_without_its_constant_is_refused_in_a_plain_command():
     kl = dataclasses.replace(FORWARD, aggregation="seq-mean-token-sum-norm")
     with pytest.raises(ValueError, match="beta would mean something else in every micro-batch. Set it, e.g. to"):
-        hook("trainer").prepare(config(), kl)
-    hook("trainer").prepare(config(**{"actor_rollout_ref.actor.loss_scale_factor": 12}), kl)
+        hook("commands").prepare(config(), kl)
+    hook("commands").prepare(config(**{"actor_rollout_ref.actor.loss_scale_factor": 12}), kl)
 
 
 MICRO = {"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4}
@@ -582,3 +582,34 @@ def test_the_headline_is_accuracy_until_a_score_is_neither_0_nor_1_and_then_the_
     assert headline.saw(None) is True and folder.is_graded() is True
     assert headline.saw([True]) is True  # a batch of ones changes nothing
     assert hook("headline").Headline(folder).is_graded is True  # the next attempt reads it
+
+
+def verls_summary(monkeypatch: pytest.MonkeyPatch, bootstrap: Any = None) -> dict[str, float]:
+    """verl's own summary of two prompts with four responses each, by a trainer of verl's."""
+    from verl.trainer.ppo import metric_utils
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    if bootstrap is not None:
+        monkeypatch.setattr(metric_utils, "bootstrap_metric", bootstrap)
+    infos = {"reward": [1.0, 0.0, 0.5, 0.0, 1.0, 1.0, 0.0, 0.25], "acc": [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]}
+    infos["pred"] = list("abcbaabc")
+    trainer, uids = object.__new__(PPOTrainerSync), list("ppppqqqq")
+    return trainer._val_metrics_update(["s"] * 8, uids, infos, [2] * 8, {("s", "p"): 4, ("s", "q"): 4})
+
+
+def test_verls_validation_metrics_are_kept_to_the_last_bit_but_for_its_best_of_n(monkeypatch: pytest.MonkeyPatch):
+    import numpy as np
+
+    measure = hook("measure")
+    verls = verls_summary(monkeypatch)
+    np.random.seed(1)
+    before = np.random.get_state()[1].tolist()
+    ours = verls_summary(monkeypatch, measure.bootstrap_metric)
+    assert ours == verls
+    assert np.random.get_state()[1].tolist() == before  # verl's reseeds the whole process
+    kept = measure.verls_evaluation(ours)
+    dropped = set(ours) - set(kept)
+    assert {key.split("/")[-2] for key in dropped} == {"best@2", "best@4"}
+    assert kept["val-core/s/acc/mean@4"] == 0.375  # (1/4 + 2/4) / 2
+    assert {"val-core/s/acc/maj@4/mean", "val-aux/s/reward/std@4", "val-aux/s/acc/worst@4/mean"} <= set(kept)
+    assert kept["val-aux/num_turns/mean"] == 2

@@ -38,8 +38,8 @@ class Layer:
 
 
 OURS = ("klreg_verl", "data_prep", "launch")
-HOOKS_WITHOUT_VERL = ("overrides", "checkpoints", "cpu", "names")
-"""What a launcher needs of the hooks: settings, folder layout, CPU settings, versions. They must not import verl."""
+HOOKS_WITHOUT_VERL = ("overrides", "checkpoints", "cpu", "names", "adopt")
+"""What a launcher needs of the hooks: settings, folder layout, CPU settings, names. They must not import verl."""
 HOOKS_OF_REPLAY = ("checkpoints", "reference", "terms")
 """What is measured afterwards is computed by the calls that trained."""
 CORE_WITHOUT_TORCH = ("alarms", "diversity", "optimum", "passk", "statistics")

@@ -21,6 +21,7 @@ from torch import Tensor
 from verl_stack import import_verl, need_stack, run_workers
 
 from klreg_verl.core.aggregation import response_sum
+from klreg_verl.core.objective import Objective
 from klreg_verl.doctor import gradients
 from klreg_verl.doctor.policies import panel
 from klreg_verl.experiment.kl_settings import ControllerSpec, DrawSpec, KLSpec, ReferenceSpec, ShapingSpec, check_drawn
@@ -440,7 +441,7 @@ def test_the_doctor_finds_the_gradient_of_the_forward_kl_on_policy_and_off_polic
     assert judged.cosine_forward == pytest.approx(1.0)
     assert (judged.value, judged.aggregation) == ("KL(ref||pi), unbiased", "seq-mean-token-sum")
     for aggregation in ("token-mean", "seq-mean-token-mean"):  # the policy loss's, which is not this one's
-        doctor.check_claim(KL, aggregation)
+        doctor.check_claim(KL, Objective(loss_aggregation=aggregation))
     with pytest.raises(ValueError, match="follows 'forward'"):
         doctor.check_claim(replace(KL, follows="reverse"))
     with pytest.raises(ValueError, match="is for the loss only"):

@@ -115,11 +115,20 @@ TOUCHES = [
         "plugin.py",
         ("verl.trainer.constants_ppo:get_ppo_ray_runtime_env", "carries our variables to Ray's workers", "config"),
         (f"{BASE}:TRAINER_REGISTRY", "holds the trainer under the name sync"),
+        (f"{BASE}:PPOTrainer", "is the base of every newer trainer, which only ours may have"),
+        ("verl.trainer.ppo.ray_trainer:RayPPOTrainer", "is the base of every older trainer, which are refused"),
+        ("verl.trainer.main_ppo:run_ppo", "is handed the runner of a main", "config", "task_runner_class"),
+        ("verl.trainer.main_ppo:TaskRunnerV1", "is the only runner that starts our trainer"),
         ("verl.trainer.ppo.v1:get_trainer_cls", "tells which trainer would start", "name"),
         ("verl.trainer.ppo.core_algos:register_adv_est", "registers our advantages", "name_or_enum"),
         (f"{VLLM_ROLLOUT}.bucketed_weight_transfer:BucketedWeightSender.__init__", "opens a socket", "zmq_handle"),
         (f"{VLLM_ROLLOUT}.bucketed_weight_transfer:BucketedWeightReceiver.__init__", "opens a socket", "zmq_handle"),
         (f"{FUNCTIONAL}:logprobs_from_logits_v2", "is replaced where flash-attn's is missing", "logits", "labels"),
+        (
+            "verl.trainer.ppo.metric_utils:bootstrap_metric",
+            "is replaced by one that is faster and reseeds nothing",
+            *("data", "subset_size", "reduce_fns", "n_bootstrap", "seed"),
+        ),
     ),
     *touches(
         "main.py",
@@ -441,6 +450,8 @@ def test_validation_hands_over_what_our_summary_takes():
     parameters = list(inspect.signature(resolve(f"{BASE}:PPOTrainer._val_metrics_update")).parameters)
     names = ["self", "data_sources", "sample_uids", "reward_extra_infos_dict", "sample_turns", "expected_acc_counts"]
     assert parameters == names
+    assert "process_validation_metrics(" in source(f"{BASE}:PPOTrainer._val_metrics_update")
+    assert "bootstrap_metric(" in source("verl.trainer.ppo.metric_utils:process_validation_metrics")
     assert "expected_acc_counts=expected_acc_counts" in source(f"{BASE}:PPOTrainer._validate")
 
 
@@ -511,9 +522,9 @@ def test_verl_loads_our_manager_and_our_loop_by_name():
     from klreg_verl.verl_hooks import sampling
 
     load = resolve("verl.utils.import_utils:load_class_from_fqn")
-    assert load(sampling.MANAGER, "AgentLoopManager") is sampling.SeededAgentLoopManager
-    (entry,) = OmegaConf.load(resolve("verl.utils.import_utils:resolve_config_path")(str(sampling.AGENT_CONFIG)))
-    assert entry.name == sampling.AGENT_NAME
+    assert load(names.MANAGER, "AgentLoopManager") is sampling.SeededAgentLoopManager
+    (entry,) = OmegaConf.load(resolve("verl.utils.import_utils:resolve_config_path")(str(names.AGENT_CONFIG)))
+    assert entry.name == names.AGENT_NAME
     assert get_method(entry["_target_"]) is sampling.single_turn
     assert '"agent_name" not in batch' in source("verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ")
 
@@ -554,14 +565,13 @@ def test_verl_passes_an_estimator_what_ours_take():
 def test_the_advantages_that_may_carry_kl_exist_in_verl():
     from klreg_verl.core import advantages
     from klreg_verl.verl_hooks.advantages import register
-    from klreg_verl.verl_hooks.trainer import REWARD_CARRIERS
 
     algos = importlib.import_module("verl.trainer.ppo.core_algos")
     ours = {names.ADVANTAGE_PREFIX + name for name in advantages.names()}
     before = dict(algos.ADV_ESTIMATOR_REGISTRY)
     try:
         register(algos.register_adv_est)
-        assert set(algos.ADV_ESTIMATOR_REGISTRY) >= REWARD_CARRIERS >= ours
+        assert set(algos.ADV_ESTIMATOR_REGISTRY) >= names.REWARD_CARRIERS >= ours
     finally:
         algos.ADV_ESTIMATOR_REGISTRY.clear()
         algos.ADV_ESTIMATOR_REGISTRY.update(before)

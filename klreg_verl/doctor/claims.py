@@ -1,5 +1,8 @@
 """A recipe's KL block against the judgement: the check of its claim, and one paragraph on it."""
 
+from dataclasses import replace
+
+from klreg_verl.core.objective import Objective
 from klreg_verl.core.shaping import Clip
 from klreg_verl.doctor import reasons
 from klreg_verl.doctor.policies import LENGTHS
@@ -8,21 +11,30 @@ from klreg_verl.doctor.rules import PLACEMENTS, KLSetting, Rule, read
 from klreg_verl.doctor.subjects import OURS
 from klreg_verl.doctor.verdict import Judgement, judge, judge_rule
 
+PLAIN = Objective()
+"""RLOO, one update per batch, token-mean, verl's other defaults."""
 
-def check_claim(setting: KLSetting, policy_aggregation: str = "token-mean") -> None:
+
+def check_claim(setting: KLSetting, objective: Objective = PLAIN) -> None:
     """Raise ValueError unless `follows` is what the setting follows, and it follows something or is allowed not to.
 
-    `policy_aggregation` is the policy loss's: a charge in the reward goes through it, and so does a KL loss without an
-    aggregation of its own. Where what is followed is neither direction of KL, the claim may name it or be none.
+    `objective` is what the policy follows beside it: a charge in the reward goes through the policy loss. Where what is
+    followed is neither direction of KL, the claim may name it or be none.
     """
     if setting.placement == "none" and setting.follows in (None, "none"):
         return
-    judgement = judge_setting(setting, policy_aggregation)
+    judgement = judge_setting(setting, objective)
     name = f"kl.estimator={setting.estimator!r} with kl.placement={setting.placement!r}"
+    if _is_charged(setting) and not objective.is_known and not setting.allow_biased:
+        raise ValueError(
+            f"policy_loss.loss_mode={objective.loss_mode!r} is none of verl's policy losses, and what it does with a "
+            "KL in the reward cannot be known. Use kl.placement='loss', or set kl.allow_biased=true."
+        )
     if judgement.verdict != "ok" and not setting.allow_biased:
         raise ValueError(
-            f"{name} is {judgement.verdict}. {judgement.reason} {_way_out(setting.follows)} To run it all the same, "
-            f"set kl.follows={judgement.follows!r} and kl.allow_biased=true."
+            f"{name} is {judgement.verdict}. {_reason(setting, objective, judgement)} "
+            f"{_way_out(setting, objective)} To run it all the same, set kl.follows={judgement.follows!r} and "
+            "kl.allow_biased=true."
         )
     if setting.follows not in _true_claims(judgement):
         raise ValueError(
@@ -31,29 +43,47 @@ def check_claim(setting: KLSetting, policy_aggregation: str = "token-mean") -> N
         )
 
 
-def explain(setting: KLSetting, advantage: str, updates_per_batch: int, policy_aggregation: str = "token-mean") -> str:
-    """One paragraph in plain words: what the arm's KL term follows, and under which caveats."""
-    judgement = judge_setting(setting, policy_aggregation)
+def explain(setting: KLSetting, objective: Objective = PLAIN) -> str:
+    """One paragraph in plain words: what the arm's KL term follows, under which caveats, and what acts beside it."""
+    judgement = judge_setting(setting, objective)
+    beside = objective.beside(setting.placement)
     if setting.placement == "none":
-        return judgement.reason
-    rule = read(setting, policy_aggregation)
+        return " ".join([judgement.reason, *beside])
+    rule = read(setting, objective)
     sentences = (
-        _opening(setting, judgement),
+        _opening(setting, judgement, _reason(setting, objective, judgement)),
         judgement.sequence_note,
         _about_error(judgement),
         _about_cap(rule, judgement),
-        _about_updates(rule, judgement, updates_per_batch),
-        _about_beta(rule, advantage, policy_aggregation),
+        _about_updates(rule, judgement, objective),
+        *beside,
+        _about_beta(rule, objective),
         _about_noise(judgement),
     )
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def judge_setting(setting: KLSetting, policy_aggregation: str = "token-mean") -> Judgement:
+def judge_setting(setting: KLSetting, objective: Objective = PLAIN) -> Judgement:
     """The judgement on a recipe's KL block."""
     if setting.placement not in PLACEMENTS[1:] or setting.estimator is None:
         return judge(setting.placement, setting.estimator)
-    return judge_rule(OURS, read(setting, policy_aggregation))
+    return judge_rule(OURS, read(setting, objective))
+
+
+def _is_charged(setting: KLSetting) -> bool:
+    return setting.placement in ("reward", "both")
+
+
+def _reason(setting: KLSetting, objective: Objective, judgement: Judgement) -> str:
+    """Why the verdict is what it is; where the policy loss has an aggregation of its own, no other setting mends it."""
+    if judgement.verdict == "ok" or not (_is_charged(setting) and objective.forces_aggregation):
+        return judgement.reason
+    plain = judge_setting(setting, replace(objective, settings=()))
+    forced = (
+        f"The policy loss {objective.loss_mode} averages over each response's tokens (seq-mean-token-mean) whatever "
+        "loss_agg_mode is, so that a token's KL counts less in a long response than in a short one."
+    )
+    return forced if plain.verdict == "ok" else f"{plain.reason} {forced}"
 
 
 def _true_claims(judgement: Judgement) -> tuple[str, ...]:
@@ -80,16 +110,20 @@ def _spelled(judgements: list[Judgement]) -> str:
     return ", or ".join(clauses)
 
 
-def _way_out(follows: str | None) -> str:
-    goal = f" to follow {named(follows)}" if follows in NAMED else ""
-    return f"Use {_spelled(_sound(follows))}{goal}."
+def _way_out(setting: KLSetting, objective: Objective) -> str:
+    sound = _sound(setting.follows)
+    goal = f" to follow {named(setting.follows)}" if setting.follows in NAMED else ""
+    if _is_charged(setting) and objective.forces_aggregation:
+        in_loss = _spelled([one for one in sound if one.placement == "loss"])
+        return f"Set policy_loss.loss_mode=vanilla, or use {in_loss}{goal}."
+    return f"Use {_spelled(sound)}{goal}."
 
 
 def _alternative(follows: str | None) -> str:
     return f", or use {_spelled(_sound(follows))} to follow {named(follows)}" if follows in NAMED else ""
 
 
-def _opening(setting: KLSetting, judgement: Judgement) -> str:
+def _opening(setting: KLSetting, judgement: Judgement, reason: str) -> str:
     place = {
         "reward": "is charged to the reward",
         "loss": "is added to the loss",
@@ -100,7 +134,7 @@ def _opening(setting: KLSetting, judgement: Judgement) -> str:
     if judgement.verdict != "ok":
         nothing = " and follows no divergence" if judgement.follows == "none" else ""
         refusal = f"This is {judgement.verdict}{nothing}. "
-    return f"{setting.estimator} {place} with beta {setting.beta}{details}. {refusal}{judgement.reason}"
+    return f"{setting.estimator} {place} with beta {setting.beta}{details}. {refusal}{reason}"
 
 
 def _details(judgement: Judgement) -> str:
@@ -129,11 +163,17 @@ def _about_cap(rule: Rule, judgement: Judgement) -> str:
     return ""
 
 
-def _about_updates(rule: Rule, judgement: Judgement, updates_per_batch: int) -> str:
+def _about_updates(rule: Rule, judgement: Judgement, objective: Objective) -> str:
+    updates_per_batch, mode = objective.updates_per_batch, objective.loss_mode
     if rule.is_drawn:
         return "The policy's own samples are not asked, so this holds in every update of a batch."
     if updates_per_batch == 1:
         return "With one update per batch every update is on-policy and this holds for all of them."
+    if rule.charge is not None and mode != "vanilla":
+        return (
+            f"With {updates_per_batch} updates per batch this holds for the first one only; in the later ones the "
+            f"charge, which stays that of the sampling policy mu, goes through {mode} as the task's advantage does."
+        )
     if judgement.follows != "none" and judgement.follows_off_policy == judgement.follows:
         return (
             f"It still holds in the later ones of {updates_per_batch} updates per batch, per token and on the prefixes "
@@ -168,15 +208,16 @@ _ABOUT_BETA = {
 }
 
 
-def _about_beta(rule: Rule, advantage: str, policy_aggregation: str) -> str:
-    if advantage not in _ABOUT_BETA:
-        raise ValueError(f"There is no advantage estimator {advantage!r}. Known: {', '.join(_ABOUT_BETA)}.")
+def _about_beta(rule: Rule, objective: Objective) -> str:
     if rule.normalization == "std":
         return "What beta means changes from group to group with the std of its scores."
-    if rule.aggregation == policy_aggregation:
-        return f"{_ABOUT_BETA[advantage]}."
+    units = _ABOUT_BETA.get(objective.advantage) or (
+        f"{objective.advantage} puts the task's advantage on a scale of its own, so beta is per nat of that advantage"
+    )
+    if rule.aggregation == objective.policy_aggregation:
+        return f"{units}."
     return (
-        f"{_ABOUT_BETA[advantage]}, up to a factor: the policy loss aggregates by {policy_aggregation} and the KL by "
+        f"{units}, up to a factor: the policy loss aggregates by {objective.policy_aggregation} and the KL by "
         f"{rule.aggregation}, so the two are not in the same units."
     )
 

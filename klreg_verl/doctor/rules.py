@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from klreg_verl.core import penalties
 from klreg_verl.core import shaping as shapings
 from klreg_verl.core.aggregation import AGGREGATIONS
+from klreg_verl.core.objective import Objective
 from klreg_verl.core.shaping import Shaping
 
 PLACEMENTS = ("none", "reward", "loss", "both")
@@ -154,11 +155,14 @@ class KLSetting(Protocol):
         """Run a setting that the doctor refuses, knowingly."""
 
 
-def read(setting: KLSetting, policy_aggregation: str = "token-mean") -> Rule:
-    """The rule that a KL block with a placement states. ValueError for a word that does not exist."""
+def read(setting: KLSetting, objective: Objective = Objective()) -> Rule:  # noqa: B008
+    """The rule that a KL block with a placement states beside an objective. ValueError for a word that does not exist.
 
-    policy_aggregation = _SAME_DIRECTION.get(policy_aggregation, policy_aggregation)
-    own = policy_aggregation if setting.placement == "reward" else _given(setting, "aggregation", policy_aggregation)
+    A charge in the reward goes through the policy loss and its aggregation; a KL loss without an aggregation of its own
+    has the one that verl's settings name, whether or not the policy loss heeds it.
+    """
+    policy_aggregation, named = map(_direction, (objective.policy_aggregation, objective.loss_aggregation))
+    own = policy_aggregation if setting.placement == "reward" else _given(setting, "aggregation", named)
     return Rule(
         placement=setting.placement,
         estimator=str(setting.estimator),
@@ -171,6 +175,10 @@ def read(setting: KLSetting, policy_aggregation: str = "token-mean") -> Rule:
         shaping=_shaping(_given(setting, "shaping", None)),
         cap=_given(setting, "cap", None),
     )
+
+
+def _direction(aggregation: str) -> str:
+    return _SAME_DIRECTION.get(aggregation, aggregation)
 
 
 def _given(setting: KLSetting, name: str, default: Any) -> Any:

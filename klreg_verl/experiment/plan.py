@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from klreg_verl.experiment import strict
 from klreg_verl.experiment.recipe import (
@@ -42,7 +42,11 @@ from klreg_verl.experiment.recipe import (
     TaskSpec,
     TrainSpec,
 )
+from klreg_verl.experiment.settings import objective_of
 from klreg_verl.experiment.strict import ConfigError
+
+if TYPE_CHECKING:
+    from klreg_verl.core.objective import Objective
 
 _NOT_CONTENT = (
     "recipe",
@@ -97,6 +101,11 @@ class RunSpec:
     """The recipe's arms in its order, which a report of the runs alone keeps."""
     claims: Mapping[str, ClaimSpec] = field(default_factory=dict)
     """What the recipe is to decide; not part of what is computed, but hashed into the run's card."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the policy follows beside its KL term."""
+        return objective_of(self.train, self.verl)
 
     @property
     def hash(self) -> str:

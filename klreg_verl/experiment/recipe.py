@@ -19,9 +19,9 @@ import functools
 import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from klreg_verl.experiment import claims as claiming
 from klreg_verl.experiment import logged, strict, verdicts, verl_keys
@@ -46,6 +46,9 @@ from klreg_verl.experiment.settings import (
     TrainSpec,
 )
 from klreg_verl.experiment.strict import ConfigError, FieldError, Node
+
+if TYPE_CHECKING:
+    from klreg_verl.core.objective import Objective
 
 __all__ = [
     "AlarmsSpec",
@@ -164,15 +167,17 @@ def load_kl(path: Path | str) -> KLBlock:
     children = node.mapping()
     if "arms" in children:
         raise node.error("this is a recipe. A KL file holds one KL block: placement, estimator, follows, beta.")
+    if not (children.get("kl") or node).value:
+        raise node.error("there is no KL block. Say `placement: none` for a run whose KL is measured only.")
     if set(children) & {field.name for field in fields(KLBlock)}:
         return strict.build(KLBlock, node)
     return KLBlock(kl=strict.build(KLSpec, node))
 
 
-def check_kl(kl: KLSpec, place: str, policy_aggregation: str) -> None:
+def check_kl(kl: KLSpec, place: str, objective: Objective) -> None:
     """Asks the doctor whether the KL follows what it claims; ConfigError with `place`, the reason and the way out.
 
-    `policy_aggregation` is the policy loss's, which a charge in the reward goes through.
+    `objective` is the policy's beside it: a charge in the reward goes through the policy loss.
 
     The doctor, and so torch, is imported only where it has not judged this block before.
     """
@@ -181,12 +186,12 @@ def check_kl(kl: KLSpec, place: str, policy_aggregation: str) -> None:
         from klreg_verl import doctor
 
         try:
-            doctor.check_claim(kl, policy_aggregation)
+            doctor.check_claim(kl, objective)
         except ValueError as error:
             return str(error)
         return None
 
-    refusal = verdicts.about(kl, {"asked": "check", "policy_aggregation": policy_aggregation}, judged)
+    refusal = verdicts.about(kl, {"asked": "check", "objective": asdict(objective)}, judged)
     if refusal is not None:
         raise ConfigError([f"{place}: {refusal}"])
 
@@ -194,7 +199,7 @@ def check_kl(kl: KLSpec, place: str, policy_aggregation: str) -> None:
 def check_claims(recipe: Recipe) -> None:
     """`check_kl` for every cell, and that every claim's metric is logged; ConfigError with each refusal once."""
     problems = _never_logged(recipe)
-    settings = {(cell.settings.kl, cell.kl_place, cell.settings.train.policy_aggregation) for cell in recipe.cells}
+    settings = {(cell.settings.kl, cell.kl_place, cell.settings.objective) for cell in recipe.cells}
     for setting in sorted(settings, key=lambda each: each[1]):
         try:
             with own_modules(recipe.root):

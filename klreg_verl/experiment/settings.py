@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from klreg_verl.experiment.kl_settings import (
     Aggregation,
@@ -22,6 +22,9 @@ from klreg_verl.experiment.kl_settings import (
     check_drawn,
 )
 from klreg_verl.experiment.strict import FieldError, at_least
+
+if TYPE_CHECKING:
+    from klreg_verl.core.objective import Objective
 
 
 def _above_zero(name: str, value: float) -> None:
@@ -167,6 +170,19 @@ class TrainSpec:
     def loss_scale_factor(self) -> int | None:
         """The constant of seq-mean-token-sum-norm [tokens]; without it verl divides by the padded width."""
         return self.max_response_tokens if self.policy_aggregation == "seq-mean-token-sum-norm" else None
+
+
+def objective_of(train: TrainSpec, verl: Mapping[str, Any]) -> Objective:
+    """What the policy follows beside its KL term, by the recipe and the keys that it passes to verl."""
+    from klreg_verl.core import objective
+
+    clip = {f"{objective.ACTOR}.clip_ratio_{side}": train.clip_ratio for side in ("low", "high")}
+    return objective.objective(
+        {**clip, **verl},
+        advantage=train.advantage,
+        updates_per_batch=train.updates_per_batch,
+        loss_aggregation=train.policy_aggregation,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +359,11 @@ class Settings:
     resources: ResourcesSpec = ResourcesSpec()
     verl: Mapping[str, Any] = field(default_factory=dict)
     """verl's own dotted keys, passed through."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the policy follows beside its KL term."""
+        return objective_of(self.train, self.verl)
 
     def __post_init__(self) -> None:
         self._check_batch()

@@ -5,7 +5,12 @@ TESTED names the versions that the hooks were run with; tests/test_verl_contract
 
 from __future__ import annotations
 
+from pathlib import Path
+
 TESTED = {"verl": "0.9.1"}
+
+KL_VARIABLE = "KLREG_KL"
+"""Names a YAML file with one KL block."""
 
 LOGPROBS = "log_probs"
 OLD_LOGPROBS = "old_log_probs"
@@ -47,3 +52,27 @@ EXACT = "klreg_exact"
 """In the model output: the exact divergence of the loss at each token [nats], with its gradient."""
 EXACT_REVERSE = "klreg_exact_reverse"
 """In the model output: the exact KL(pi || pi_ref) at each token [nats], measured only."""
+
+AGENT_NAME = "klreg_single_turn"
+AGENT_CONFIG = Path(__file__).with_name("agent_loop.yaml")
+MANAGER = "klreg_verl.verl_hooks.sampling.SeededAgentLoopManager"
+"""The seeded agent loop, as verl's settings name it; these stand here since sampling.py imports half of verl."""
+
+REFUSED = "[klreg] refused: "
+"""How the line starts that says why a command was not started."""
+
+REWARD_CARRIERS = {"rloo", "rloo_vectorized", "grpo", "grpo_vectorized", "klreg_rloo", "klreg_grpo", "klreg_dr_grpo"}
+"""Group-relative estimators whose advantage is one number per response."""
+WITHOUT_INPUT = {
+    "remax": "reward_baselines",
+    "optimal_token_baseline": "sum_pi_squared",
+    "tir_optimal_token_baseline": "sum_pi_squared",
+    "gdpo": "the rewards by component",
+}
+"""Advantage estimators of verl's, and what its sync trainer does not hand to them; tests/test_commands.py calls all."""
+
+
+def advantage(name: str, divides: bool) -> str:
+    """verl's estimators that are one of ours by another name; without its std GRPO is Dr. GRPO's advantage."""
+    short = name.removeprefix(ADVANTAGE_PREFIX).removesuffix("_vectorized")
+    return "dr_grpo" if name in ("grpo", "grpo_vectorized") and not divides else short

@@ -257,6 +257,7 @@ def _overlap(one: str, other: str) -> bool:
 
 _REFUSED = {
     "algorithm.rollout_correction.bypass_mode": "every arm measures the trainer's own log-probs and entropy.",
+    "distillation.enabled": "the arm's loss would take the place of the distillation's.",
     f"{ACTOR}.ppo_epochs": "more updates per batch are train.updates_per_batch, which the doctor reads.",
     f"{ACTOR}.checkpoint.async_save": "verl 0.9.1 then writes no tracker, and the run could not be resumed.",
     "trainer.del_local_ckpt_after_load": "a run that is killed after a resume would have nothing left to resume from.",

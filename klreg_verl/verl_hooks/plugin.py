@@ -1,7 +1,8 @@
 """What happens in every process that imports verl: the entry point `klreg` of the group `verl.plugins`.
 
 Nothing happens unless asked for: VERL_PLATFORM=cpu makes verl run without an accelerator, and KLREG_KL (a YAML file
-with one KL block) puts KLRegTrainer in the place of verl's "sync" trainer. verl swallows a plugin's exceptions, so
+with one KL block) puts KLRegTrainer in the place of verl's "sync" trainer. Whatever else would train under KLREG_KL is
+refused: a command of verl's in the driver, any other trainer where it is made. verl swallows a plugin's exceptions, so
 `require_active` is what a launcher calls to be sure.
 """
 
@@ -14,9 +15,9 @@ from typing import Any
 
 from klreg_verl.experiment import own_code
 from klreg_verl.verl_hooks import loopback, progress, transfer
+from klreg_verl.verl_hooks.names import KL_VARIABLE
 from klreg_verl.verl_hooks.post_import import after_import
 
-KL_VARIABLE = "KLREG_KL"
 RUN_VARIABLE = "KLREG_RUN"
 SESSION_VARIABLE = "KLREG_SESSION_DIR"
 FORWARDED = (
@@ -36,8 +37,11 @@ def activate() -> None:
         cpu.activate()
     if os.environ.get(SESSION_VARIABLE):
         after_import("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer", _own_sockets)
-    if os.environ.get(KL_VARIABLE):
+    if KL_VARIABLE in os.environ:
         after_import("verl.trainer.constants_ppo", _forward_environment)
+        after_import("verl.trainer.main_ppo", _check_commands)
+        after_import("verl.trainer.ppo.ray_trainer", lambda module: _refuse_others(module.RayPPOTrainer))
+        after_import("verl.trainer.ppo.v1.trainer_base", lambda module: _refuse_others(module.PPOTrainer))
         after_import("verl.trainer.ppo.core_algos", _register_advantages)
         after_import("verl.trainer.ppo.v1.trainer_sync", _replace_sync_trainer)
         after_import("verl.utils.torch_functional", _logprobs_in_blocks)
@@ -45,20 +49,62 @@ def activate() -> None:
         after_import("verl.experimental.agent_loop.agent_loop", progress.count_rewards)
         after_import("verl.workers.rollout.vllm_rollout.vllm_rollout", transfer.notice_failures)
         after_import("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer", transfer.keep_the_first_error)
+        after_import("verl.trainer.ppo.metric_utils", _bootstrap_once)
 
 
 def _forward_environment(module: ModuleType) -> None:
-    """Hand our variables to every Ray worker of the job; verl leaves out what the launching shell has set."""
+    """Hand our variables to every Ray worker of the job; verl leaves out what the launching shell has set.
+
+    `python -m verl.trainer.main_ppo` calls it right before Ray starts, from a module that no import hook sees: the
+    place to refuse what cannot run.
+    """
     original = module.get_ppo_ray_runtime_env
 
     def with_ours(config: Any = None) -> dict[str, Any]:
+        from klreg_verl.verl_hooks import commands
+
+        if config is not None:
+            commands.or_exit(commands.check_command, config)
         runtime_env = original(config)
-        runtime_env["env_vars"].update({name: os.environ[name] for name in FORWARDED if name in os.environ})
+        variables = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+        runtime_env["env_vars"].update(variables | {KL_VARIABLE: os.path.abspath(os.environ[KL_VARIABLE])})
         if loopback.wanted():
             runtime_env.setdefault("worker_process_setup_hook", loopback.HOOK)
         return runtime_env
 
     module.get_ppo_ray_runtime_env = with_ours
+
+
+def _check_commands(module: ModuleType) -> None:
+    """Mains that import run_ppo hand it a runner of their own under an ordinary configuration."""
+    original = module.run_ppo
+
+    def checked(config: Any, task_runner_class: Any) -> None:
+        from klreg_verl.verl_hooks import commands
+
+        commands.or_exit(commands.check_runner, task_runner_class, module.TaskRunnerV1)
+        commands.or_exit(commands.check_command, config)
+        original(config, task_runner_class)
+
+    module.run_ppo = checked
+
+
+def _refuse_others(base: Any) -> None:
+    """No trainer of verl's or of a user's own is made but ours; some never call their base's __init__."""
+
+    def new(cls: type, *_: Any, **__: Any) -> Any:
+        from klreg_verl.verl_hooks import commands
+        from klreg_verl.verl_hooks.trainer import KLRegTrainer
+
+        if not issubclass(cls, KLRegTrainer):
+            raise RuntimeError(
+                f"{cls.__module__}.{cls.__qualname__} {commands.OUTCOME}: only verl's sync trainer is replaced by "
+                "ours. Start `python -m verl.trainer.main_ppo` with trainer.v1.trainer_mode=sync, or unset "
+                f"{KL_VARIABLE}."
+            )
+        return object.__new__(cls)
+
+    base.__new__ = staticmethod(new)
 
 
 def _logprobs_in_blocks(module: ModuleType) -> None:
@@ -67,6 +113,13 @@ def _logprobs_in_blocks(module: ModuleType) -> None:
     from klreg_verl.core import logprobs
 
     module.logprobs_from_logits_v2 = logprobs.in_blocks
+
+
+def _bootstrap_once(module: ModuleType) -> None:
+    """verl's validation metrics take seconds, and reseed the process."""
+    from klreg_verl.verl_hooks.measure import bootstrap_metric
+
+    module.bootstrap_metric = bootstrap_metric
 
 
 def _own_sockets(module: ModuleType) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,10 +19,9 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.workers.rollout.llm_server import LLMServerClient
 
+from klreg_verl.verl_hooks import names
+
 SEED_KEY = "klreg_seed_key"
-AGENT_NAME = "klreg_single_turn"
-AGENT_CONFIG = Path(__file__).with_name("agent_loop.yaml")
-MANAGER = f"{__name__}.SeededAgentLoopManager"
 
 
 def request_seed(run_seed: int, key: str, sample: int) -> int:
@@ -103,7 +101,7 @@ class OneLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         **kwargs: Any,
     ) -> None:
         loop = _loops.get(self.llm_client)
-        if loop is None or trace or agent_name != AGENT_NAME:
+        if loop is None or trace or agent_name != names.AGENT_NAME:
             return await super()._run_agent_loop(
                 sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
             )

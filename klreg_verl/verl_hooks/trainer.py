@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
@@ -29,11 +29,13 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.tracking import Tracking
 
+from klreg_verl import doctor
 from klreg_verl.core import penalties
 from klreg_verl.core.aggregation import masked
-from klreg_verl.experiment.recipe import KLSpec, check_kl, load_kl
+from klreg_verl.experiment.recipe import KLSpec
 from klreg_verl.verl_hooks import (
     checkpoints,
+    commands,
     exact,
     measure,
     names,
@@ -41,7 +43,6 @@ from klreg_verl.verl_hooks import (
     reference,
     reference_samples,
     rows,
-    sampling,
     stopping,
     temperature_one,
     terms,
@@ -50,7 +51,7 @@ from klreg_verl.verl_hooks import (
 from klreg_verl.verl_hooks.beta import Beta
 from klreg_verl.verl_hooks.headline import Headline
 from klreg_verl.verl_hooks.loss import actor_loss
-from klreg_verl.verl_hooks.plugin import KL_VARIABLE, RUN_VARIABLE
+from klreg_verl.verl_hooks.plugin import RUN_VARIABLE
 from klreg_verl.verl_hooks.recorder import Recorder
 from klreg_verl.verl_hooks.rows import Rows
 from klreg_verl.verl_hooks.watch import Watch
@@ -66,18 +67,19 @@ class KLRegTrainer(PPOTrainerSync):
     """Whether the loss that the workers have measures the exact KL."""
 
     def __init__(self, config: DictConfig) -> None:
-        self.block = load_kl(os.environ[KL_VARIABLE])
+        self.block = commands.read_block()
         self.kl = self.block.kl
-        check_kl(self.kl, os.environ[KL_VARIABLE], config.actor_rollout_ref.actor.loss_agg_mode)
+        commands.check(config, self.block)
         self.beta, self.watch = Beta(self.kl), Watch(self.block.alarms)
         self.recorder = Recorder.from_environment()
         self.headline = Headline(self.recorder and self.recorder.folder)
         self.progress = progress.of_run(os.environ.get(RUN_VARIABLE), progress.TRAINER)
         self._begin("start", "reading the settings")
-        prepare(config, self.kl)
+        said = [doctor.explain(self.kl, commands.objective_of(config)), *commands.unseeded(config)]
+        commands.prepare(config, self.kl)
         super().__init__(config)
         self.replay_buffer.poll_interval = POLL_SECONDS
-        print(active_line(config, self.kl), flush=True)
+        print(active_line(config, self.kl), *said, sep="\n[klreg] ", flush=True)
 
     def _begin(self, phase: str, doing: str) -> None:
         """Write down what comes next: a run that stands still there is ended with these words."""
@@ -230,6 +232,9 @@ class KLRegTrainer(PPOTrainerSync):
         return bool(own or verls) and not self.kl.normalize_with_reward
 
     def _val_metrics_update(self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns, **expected) -> dict:
+        verls = super()._val_metrics_update(
+            data_sources, sample_uids, reward_extra_infos_dict, sample_turns, **expected
+        )
         validated = measure.Validated(
             data_sources=data_sources,
             uids=sample_uids,
@@ -239,7 +244,7 @@ class KLRegTrainer(PPOTrainerSync):
         found = measure.evaluation_metrics(validated, graded=self.headline.saw(validated.right()))
         if self.global_steps == 0:
             self.watch.begin(found)
-        return found
+        return measure.verls_evaluation(verls) | found
 
     def _save_checkpoint(self) -> None:
         if self.recorder is not None and not self.recorder.wants_checkpoint(self.global_steps):
@@ -271,74 +276,6 @@ class KLRegTrainer(PPOTrainerSync):
 
     def _checkpoint_folder(self) -> Path:
         return checkpoints.step_folder(Path(self.config.trainer.default_local_dir), self.global_steps)
-
-
-def prepare(config: DictConfig, kl: KLSpec) -> None:
-    """Complete verl's settings with what every arm needs, and refuse what would work against the KL block.
-
-    Raises:
-        ValueError: verl's own KL is on, the advantage estimator cannot carry KL in the reward, the samples would not be
-            the policy's own, or beta would mean something else in every micro-batch.
-    """
-    actor, ref, rollout = (config.actor_rollout_ref[part] for part in ("actor", "ref", "rollout"))
-    _check_sampling(rollout)
-    _check_aggregation(actor, kl, config.data.max_response_length)
-    if config.algorithm.use_kl_in_reward or (actor.use_kl_loss and actor.kl_loss_coef != 0):
-        raise ValueError(
-            "verl's own KL is on (algorithm.use_kl_in_reward, or actor.use_kl_loss with a coefficient) beside a "
-            f"{KL_VARIABLE} block: two KL terms would be followed. Switch verl's off, or unset {KL_VARIABLE}."
-        )
-    _check_advantage(str(config.algorithm.adv_estimator), kl)
-    with open_dict(config):
-        actor.use_kl_loss, actor.kl_loss_coef = True, 0.0  # verl loads the reference only so; our loss skips its term
-        rollout.calculate_log_probs = True  # the mismatch between sampler and trainer is measured in every arm
-        if ref.log_prob_micro_batch_size_per_gpu is None:  # a script without KL says nothing about the reference
-            ref.log_prob_micro_batch_size_per_gpu = rollout.log_prob_micro_batch_size_per_gpu
-        if _is_verls_own_loop(rollout):
-            rollout.agent.agent_loop_manager_class = sampling.MANAGER
-            rollout.agent.agent_loop_config_path = str(sampling.AGENT_CONFIG)
-            rollout.agent.default_agent_loop = sampling.AGENT_NAME
-
-
-def _check_advantage(estimator: str, kl: KLSpec) -> None:
-    """KL in the reward needs a group, and to be normalized with the reward a group whose std divides."""
-    carriers = {name for name in REWARD_CARRIERS if "grpo" in name} if kl.normalize_with_reward else REWARD_CARRIERS
-    if kl.in_reward and estimator not in carriers:
-        within = " and normalize_with_reward" * kl.normalize_with_reward
-        raise ValueError(
-            f"kl.placement={kl.placement}{within} with algorithm.adv_estimator={estimator}: KL is charged against a "
-            f"group's other responses. Use one of {sorted(carriers)}, or kl.placement=loss."
-        )
-
-
-def _check_sampling(rollout: DictConfig) -> None:
-    """Every estimate of a KL is over the policy's own samples, and these are cut off."""
-    if rollout.top_p != 1 or rollout.top_k not in (-1, 0):
-        raise ValueError(
-            f"actor_rollout_ref.rollout.top_p={rollout.top_p} and top_k={rollout.top_k}: the samples are not the "
-            "policy's own, and every KL estimate is biased by that. Use top_p=1 and top_k=-1."
-        )
-
-
-def _check_aggregation(actor: DictConfig, kl: KLSpec, longest: int) -> None:
-    """Without its constant verl divides by the padded width of each micro-batch."""
-    if kl.aggregation == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
-        raise ValueError(
-            f"kl.aggregation={kl.aggregation} without actor_rollout_ref.actor.loss_scale_factor: beta would mean "
-            f"something else in every micro-batch. Set it, e.g. to data.max_response_length={longest}."
-        )
-
-
-def _is_verls_own_loop(rollout: DictConfig) -> bool:
-    """Whether sampling is verl's single-turn loop on vLLM: the one that can be seeded without knowing a user's code."""
-    agent = rollout.agent
-    own = agent.get("agent_loop_manager_class") or agent.agent_loop_config_path
-    return rollout.name == "vllm" and not own and agent.default_agent_loop == VERLS_LOOP
-
-
-VERLS_LOOP = "single_turn_agent"
-REWARD_CARRIERS = {"rloo", "rloo_vectorized", "grpo", "grpo_vectorized", "klreg_rloo", "klreg_grpo", "klreg_dr_grpo"}
-"""Group-relative estimators whose advantage is one number per response."""
 
 
 def charge_kl(sampled: Rows, partition_id: str, kl: KLSpec, beta: float) -> dict[str, float]:

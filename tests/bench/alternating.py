@@ -24,7 +24,7 @@ def _install(module: ModuleType) -> None:
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.utils.losses import ppo_loss
 
-    from klreg_verl.verl_hooks import sampling
+    from klreg_verl.verl_hooks import names
     from klreg_verl.verl_hooks.trainer import POLL_SECONDS, KLRegTrainer
 
     class AlternatingTrainer(KLRegTrainer):
@@ -62,7 +62,7 @@ def _install(module: ModuleType) -> None:
         def _submit_batch_to_rollout(self, batch: Any) -> int:
             from tensordict import NonTensorData
 
-            name = sampling.AGENT_NAME if self.is_ours else "single_turn_agent"
+            name = names.AGENT_NAME if self.is_ours else "single_turn_agent"
             batch["agent_name"] = NonTensorData(name)
             return super()._submit_batch_to_rollout(batch)
 
