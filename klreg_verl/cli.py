@@ -76,17 +76,16 @@ def run(
 ) -> None:
     """Run what is unfinished of a recipe on this machine, then write its report."""
     from klreg_verl.experiment.store import runs_root
-    from launch import preflight
+    from launch import missing, preflight
 
     with told():
-        read, specs = selected(recipe, overrides, arms, tasks, seeds)
-        root = runs_root(runs_dir)
-        platform = preflight.detect_platform(ray_address)
+        root, platform = runs_root(runs_dir), preflight.detect_platform(ray_address)
+        read, specs = missing.selected(recipe, overrides, arms, tasks, seeds, runs_dir=root, platform=platform)
         typer.echo(f"platform: {platform}")
         specs = preflight.free(specs, root) if share else specs
         findings = preflight.check(specs, root, platform, ray_address)
         if dry_run:
-            _show_dry_run(findings, specs, root, platform)
+            _show_dry_run(findings, read, specs, root, platform)
             return
         outcomes = _run(specs, root, platform, ray_address, share)
     failed = [outcome for outcome in outcomes if outcome.status != "done"]
@@ -115,11 +114,12 @@ def plan(
     """The runs of a recipe, how they stand, and what they will cost. Writes and starts nothing."""
     from klreg_verl.experiment import fit as fits
     from klreg_verl.experiment.store import runs_root
+    from launch import compared, missing
 
     with told():
         _refuse_together({"--show": show, "--as-verl": as_verl, "--csv": as_csv}, {"--gpu": gpu, "--json": as_json})
-        read, specs = selected(recipe, overrides, [arm] if (arm := show or as_verl) else None)
-        root = runs_root(runs_dir)
+        root, one = runs_root(runs_dir), [arm] if (arm := show or as_verl) else None
+        read, specs = missing.selected(recipe, overrides, one, None, None, runs_dir=root, platform=_platform())
         if as_verl:
             typer.echo(_stock_command(specs[0], root))
         elif show:
@@ -132,7 +132,7 @@ def plan(
             rows, cost = _planned(specs, root)
             fitted = _fitted(specs, root, gpu)
             about_fit = fits.lines(fitted) if fitted else _fit_hint(specs)
-            typer.echo("\n".join([read.describe(), *_power_of(read, root), cost, *about_fit]))
+            typer.echo("\n".join([read.describe(), *compared.arms(read), *_power_of(read, root), cost, *about_fit]))
             for row in rows:
                 typer.echo(f"  {row['status']:<12} {row['run_id']:<40} {row['step']}/{row['steps']}  {row['hash']}")
 
@@ -331,13 +331,13 @@ def _write_report_of(folder: Path, recipe_text: dict[str, Any], **how: Any) -> N
     typer.echo("\n".join(["", *paths.lines, "", f"report: {paths.html}"]))
 
 
-def _show_dry_run(findings: list[Any], specs: list[RunSpec], root: Path, platform: str) -> None:
+def _show_dry_run(findings: list[Any], read: Recipe, specs: list[RunSpec], root: Path, platform: str) -> None:
     for finding in findings:
         typer.echo(f"{finding.what}: {finding.detail}")
-    for spec in specs:
-        typer.echo(f"\n{spec.run_id}  {spec.hash[:12]}")
-        for key, value in _settings(spec, root, platform).items():
-            typer.echo(f"  {key}={json.dumps(value)}")
+    from launch import compared
+
+    typer.echo("\n".join(["", *compared.arms(read)]))
+    typer.echo("\n".join(["", *compared.differences([(spec, _settings(spec, root, platform)) for spec in specs])]))
     typer.echo(f"\n{len(specs)} runs; nothing was started.")
 
 

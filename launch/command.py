@@ -32,12 +32,13 @@ def submit_command(
     runs_dir: RunsDir = None,
 ) -> None:
     """Submit what is missing of a recipe to Slurm, as one array."""
-    from klreg_verl.experiment.selection import selected
     from klreg_verl.experiment.store import runs_root
+    from launch import missing
     from launch import profile as profiles
 
-    _, specs = selected(recipe, overrides, arms, tasks, seeds)
-    _submit(specs, profiles.load(profile), runs_root(runs_dir), dry_run)
+    root, cluster = runs_root(runs_dir), profiles.load(profile)
+    _, specs = missing.selected(recipe, overrides, arms, tasks, seeds, runs_dir=root, platform=cluster.platform)
+    _submit(specs, cluster, root, dry_run)
 
 
 def retry_command(

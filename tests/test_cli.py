@@ -149,7 +149,8 @@ def test_plan_and_status_as_json_have_the_same_rows_and_each_what_the_other_has_
     specs = plan.expand(recipe.load(study))
     assert [row["run_id"] for row in rows] == [spec.run_id for spec in specs]
     assert [row["hash"] for row in rows] == [spec.hash[:12] for spec in specs]
-    rest = {"status": "pending", "step": 0, "steps": 4, "attempt": 0, "accuracy": None, "kl": None, "reason": ""}
+    rest = {"status": "pending", "step": 0, "steps": 4, "attempt": 0, "kl": None, "reason": ""}
+    rest |= {"accuracy": None, "score": None}
     assert {key: value for key, value in rows[0].items() if key not in ("run_id", "hash")} == rest
 
 
@@ -618,6 +619,30 @@ def test_a_users_own_files_pass(klreg: Klreg, own: Path):
     assert result.exit_code == 0, result.output
     assert "vocabulary fits its tokenizer" in result.output
     assert "parquet files have verl's schema, the reward function is there" in result.output
+
+
+def test_plan_names_all_that_is_not_there_at_once_with_file_and_line_as_run_and_show_do(klreg: Klreg, own: Path):
+    text = (own / "study.yaml").read_text()
+    line = next(number for number, each in enumerate(text.splitlines(), 1) if each.strip().startswith("reward:"))
+    (own / "data" / "test.parquet").unlink()
+    (own / "rewards_of_test_cli.py").unlink()
+    shutil.rmtree(own / "model")
+    places = [
+        f"tasks.mine.val: {own / 'data' / 'test.parquet'} is not there.",
+        f"model.path: {own / 'model'} is not a folder.",
+        f"study.yaml:{line}: tasks.mine.reward: cannot import 'rewards_of_test_cli'",
+    ]
+    for command in (["plan"], ["plan", "--show", "reverse"], ["run", "--dry-run"], ["submit", "--profile", "generic"]):
+        result = klreg(command[0], own / "study.yaml", *command[1:])
+        assert result.exit_code == 2 and all(place in told(result) for place in places), result.output
+
+
+def test_plan_refuses_what_show_refuses_with_file_and_line(klreg: Klreg, study: Path):
+    changed(study, verl={"actor_rollout_ref.actor.optim.lr": 1e-5})
+    for command in (["plan"], ["plan", "--json"], ["plan", "--show", "none"], ["run", "--dry-run"]):
+        result = klreg(command[0], study, *command[1:])
+        assert result.exit_code == 2
+        assert re.search(r"study.yaml:\d+: verl.actor_rollout_ref.actor.optim.lr: klreg sets this key", told(result))
 
 
 def no_tokenizer(own: Path) -> None:

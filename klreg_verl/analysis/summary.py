@@ -147,7 +147,8 @@ def _shade(position: int, count: int) -> float:
 
 
 def follows(kl: Mapping[str, Any]) -> str:
-    """ "reverse KL: k1 in the reward, beta 0.1"; "no KL term"; "not recorded" without a KL block."""
+    """ "reverse KL: k1 in the reward, beta 0.1"; with credit or correction where they are not the usual ones; "no KL
+    term"; "not recorded" without a KL block."""
     if not kl:
         return "not recorded"
     if kl.get("placement") == "none":
@@ -155,7 +156,9 @@ def follows(kl: Mapping[str, Any]) -> str:
     direction = "no divergence" if kl.get("follows") in (None, "none") else f"{kl['follows']} KL"
     beta = kl.get("beta")
     amount = "" if beta is None else f", beta {beta:g}" if isinstance(beta, int | float) else f", beta {beta}"
-    return f"{direction}: {kl.get('estimator', '?')} in the {kl.get('placement', '?')}{amount}"
+    usual = {"credit": (None, "sequence"), "correction": (None, "none")}
+    own = "".join(f", {name} {kl[name]}" for name, values in usual.items() if kl.get(name) not in values)
+    return f"{direction}: {kl.get('estimator', '?')} in the {kl.get('placement', '?')}{own}{amount}"
 
 
 def final_value(group: Group, key: str) -> Estimate:

@@ -96,6 +96,8 @@ class Cell:
     settings: Settings
     kl_place: str
     """file:line and dotted path of the arm's KL block, for messages."""
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Dotted key (those of the task below `task.`) -> file:line and dotted path as written, of all that was written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -597,7 +599,7 @@ class _Composer:
         for (arm, arm_node), (task, task_node) in itertools.product(arms.items(), tasks.items()):
             under = self.settings_of(task_node, arm_node)
             for point in _points(grid, under):
-                cells.append(self.cell(arm, task, specs[task], under, point))
+                cells.append(self.cell(arm, task, specs[task], under, point, task_node))
         return [cell for cell in cells if cell is not None]
 
     def settings_of(self, task: Node, arm: Node) -> Node:
@@ -609,7 +611,7 @@ class _Composer:
             merged = _overlay(merged, settings)
         return self.tree.with_value(_overlay(merged, arm).value)
 
-    def cell(self, arm: str, task: str, spec: TaskSpec, under: Node, point: _Point) -> Cell | None:
+    def cell(self, arm: str, task: str, spec: TaskSpec, under: Node, point: _Point, task_node: Node) -> Cell | None:
         merged = under
         for key, node in point.items:
             verl, _, name = key.partition(".")
@@ -626,7 +628,16 @@ class _Composer:
             return None
         kl = merged.mapping().get("kl", merged)
         place = f"{kl.place}: {kl.path or f'arms.{arm}.kl'}"
-        return Cell(arm=arm, task_name=task, grid=point.values, task=spec, settings=settings, kl_place=place)
+        written = {**merged.mapping(), "task": task_node}
+        return Cell(
+            arm=arm,
+            task_name=task,
+            grid=point.values,
+            task=spec,
+            settings=settings,
+            kl_place=place,
+            places={key: f"{leaf.place}: {leaf.path}" for key, leaf in _dotted(written)},
+        )
 
     def claims(self, cells: Sequence[Cell], arms: Sequence[str], tasks: Sequence[str]) -> dict[str, ClaimSpec]:
         """The claims by name, each with its task; ConfigError with all that cannot be decided by any run."""

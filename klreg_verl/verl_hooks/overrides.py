@@ -16,6 +16,7 @@ from typing import Any
 
 from klreg_verl.experiment.fit import packed_tokens
 from klreg_verl.experiment.plan import RunSpec
+from klreg_verl.experiment.strict import FieldError
 from klreg_verl.verl_hooks import transfer
 
 Settings = dict[str, Any]
@@ -231,12 +232,13 @@ def _passthrough(block: Mapping[str, Any], ours: Settings) -> Settings:
     """The recipe's `verl:` block (dotted keys); what the recipe says elsewhere may not be said otherwise there."""
     for key, value in block.items():
         if key in _REFUSED:
-            raise ValueError(f"verl.{key}: {_REFUSED[key]} Leave it out.")
+            raise FieldError(f"verl.{key}", f"{_REFUSED[key]} Leave it out.")
         same = next((ours_key for ours_key in ours if _overlap(key, ours_key)), None)
         if same is not None and key not in _CHANGEABLE and not _is_said(same, ours[same], key, value):
-            raise ValueError(
-                f"verl.{key}: klreg sets {'this key' if same == key else same} from the recipe (to {ours[same]!r}). "
-                f"Change the recipe's own key instead{_own_key(key)}."
+            raise FieldError(
+                f"verl.{key}",
+                f"klreg sets {'this key' if same == key else same} from the recipe (to {ours[same]!r}). "
+                f"Change the recipe's own key instead{_own_key(key)}.",
             )
     return dict(block)
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from stack import Lab, metrics
 
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.full]
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.full(minutes=5)]
 
 REWARDS = '''
 def graded(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
