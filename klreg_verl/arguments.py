@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe's YAML file.", metavar="RECIPE")]
-RecipeOrRun = Annotated[Path, typer.Argument(help="A recipe's YAML file, or one run's folder.", metavar="RECIPE|RUN")]
+RecipePath = Annotated[Path, typer.Argument(help="A recipe's name or YAML file.", metavar="RECIPE")]
+RecipeOrRun = Annotated[
+    Path, typer.Argument(help="A recipe's name or YAML file, or one run's folder.", metavar="RECIPE|RUN")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. train.steps=10.", metavar="K=V")]
 RunsDir = Annotated[Path | None, typer.Option(help="Where run folders live (or KLREG_RUNS; default ./runs).")]
 AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]

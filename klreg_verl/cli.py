@@ -23,7 +23,7 @@ from klreg_verl.arguments import Arms, AsJson, Overrides, RecipePath, RunsDir, S
 from klreg_verl.evaluation.command import eval_command, export_command
 from klreg_verl.experiment import own_code
 from klreg_verl.experiment.own_code import own_modules
-from klreg_verl.experiment.selection import selected
+from klreg_verl.experiment.selection import recipe_file, selected
 from klreg_verl.experiment.settings import BUILT
 from klreg_verl.replay.command import kl_command, replay_command
 from launch import command as launch_command
@@ -185,7 +185,7 @@ def report(
         if recipe.is_dir():
             _write_report_of(recipe, {}, **how)
         else:
-            _write_report(recipes.load(recipe), runs_root(runs_dir), **how)
+            _write_report(recipes.load(recipe_file(recipe)), runs_root(runs_dir), **how)
 
 
 @app.command()

@@ -206,16 +206,19 @@ def located(
     runs_dir: Path | None,
 ) -> tuple[list[RunSpec], Path]:
     """The runs that a recipe and its choices, or a run's folder, stand for; and where run folders live."""
-    from klreg_verl.experiment.selection import selected
+    from klreg_verl.experiment.selection import run_path, selected
     from klreg_verl.experiment.store import RunFolder, runs_root
 
-    if not path.is_dir():
-        return selected(path, overrides, arms, tasks, seeds)[1], runs_root(runs_dir)
-    spec = RunFolder(path.resolve()).spec()
-    if spec is None:
+    root = runs_root(runs_dir)
+    found = run_path(path, root)
+    if found is None and path.is_dir():
         raise ValueError(f"{path} is no run's folder: it has no spec.json. Give one, or a recipe's YAML file.")
+    if found is None:
+        return selected(path, overrides, arms, tasks, seeds)[1], root
+    spec = RunFolder(found.resolve()).spec()
+    assert spec is not None  # run_path has seen its file
     depth = len(Path(spec.recipe, spec.run_id).parts)
-    return [spec], path.resolve().parents[depth - 1]
+    return [spec], found.resolve().parents[depth - 1]
 
 
 # ---------------------------------------------------------------------------------------------------- parts

@@ -57,10 +57,12 @@ def _not_there(cell: Cell) -> Iterator[str]:
     named |= {f"retention.skills.{name}.val": skill.val for name, skill in settings.retention.skills.items()}
     for key, value in named.items():
         if isinstance(value, str) and Path(value).is_absolute() and not Path(value).exists():
-            yield f"{cell.places[key]}: {value} is not there.{_near(Path(value))}"
+            advice = "Give a file that exists, or build one (`klreg data --help`)."
+            yield f"{cell.places[key]}: {value} is not there.{_near(Path(value))} {advice}"
     for key, value in {"model.path": settings.model.path, "reference.path": settings.reference.path}.items():
         if value is not None and _is_folder_name(value) and not Path(value).is_dir():
-            yield f"{cell.places[key]}: {value} is not a folder.{_near(Path(value))}"
+            advice = _near(Path(value)) or " Give the folder of a model in Hugging Face's format."
+            yield f"{cell.places[key]}: {value} is not a folder.{advice}"
 
 
 def _is_folder_name(path: str) -> bool:

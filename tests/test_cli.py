@@ -622,15 +622,15 @@ def test_a_users_own_files_pass(klreg: Klreg, own: Path):
 
 
 def test_plan_names_all_that_is_not_there_at_once_with_file_and_line_as_run_and_show_do(klreg: Klreg, own: Path):
-    text = (own / "study.yaml").read_text()
+    text = (own / "study.yaml").read_text().replace("rewards_of_test_cli:score", "rewards_that_are_gone:score")
+    (own / "study.yaml").write_text(text)
     line = next(number for number, each in enumerate(text.splitlines(), 1) if each.strip().startswith("reward:"))
     (own / "data" / "test.parquet").unlink()
-    (own / "rewards_of_test_cli.py").unlink()
     shutil.rmtree(own / "model")
     places = [
         f"tasks.mine.val: {own / 'data' / 'test.parquet'} is not there.",
         f"model.path: {own / 'model'} is not a folder.",
-        f"study.yaml:{line}: tasks.mine.reward: cannot import 'rewards_of_test_cli'",
+        f"study.yaml:{line}: tasks.mine.reward: cannot import 'rewards_that_are_gone'",
     ]
     for command in (["plan"], ["plan", "--show", "reverse"], ["run", "--dry-run"], ["submit", "--profile", "generic"]):
         result = klreg(command[0], own / "study.yaml", *command[1:])
@@ -643,6 +643,22 @@ def test_plan_refuses_what_show_refuses_with_file_and_line(klreg: Klreg, study: 
         result = klreg(command[0], study, *command[1:])
         assert result.exit_code == 2
         assert re.search(r"study.yaml:\d+: verl.actor_rollout_ref.actor.optim.lr: klreg sets this key", told(result))
+
+
+def test_a_recipe_has_a_name_and_a_run_a_path_below_the_runs_folder(klreg: Klreg, study: Path, monkeypatch):
+    spec = plan.expand(recipe.load(study))[0]
+    folder = RunFolder(study.parent / "runs" / "study" / spec.run_id)
+    folder.create(spec)
+    (folder.new_attempt() / "log").write_text("said\n")
+    (study.parent / "recipes").mkdir()
+    shutil.move(study, study.parent / "recipes" / "study.yaml")
+    monkeypatch.chdir(study.parent)
+    for run in (folder.path, Path("study") / spec.run_id, Path("runs") / "study" / spec.run_id):
+        assert klreg("logs", run).output.splitlines()[-1] == "said"
+        assert klreg("status", run).output.split()[1] == spec.run_id
+        assert klreg("gc", run).exit_code == klreg("retry", run).exit_code == 0
+    for command in (["plan"], ["status"], ["gc"], ["run", "--dry-run"]):
+        assert klreg(command[0], "study", *command[1:]).exit_code == 0
 
 
 def no_tokenizer(own: Path) -> None:

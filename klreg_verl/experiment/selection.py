@@ -22,12 +22,23 @@ def selected(
 
     Raises ValueError: a bad recipe or override, or a name that it does not have.
     """
-    read = recipes.load(path, overrides or ())
+    read = recipes.load(recipe_file(path), overrides or ())
     recipes.check_claims(read)
     specs = plans.expand(read)
     for name, wanted in (("arm", arms), ("task_name", tasks), ("seed", seeds)):
         specs = _those(specs, name, wanted, path) if wanted else specs
     return read, specs
+
+
+def recipe_file(path: Path) -> Path:
+    """A recipe's file: as it stands, or by its name below recipes/."""
+    named = Path("recipes", f"{path}.yaml")
+    return named if not path.exists() and path.suffix != ".yaml" and named.is_file() else path
+
+
+def run_path(path: Path, runs_dir: Path) -> Path | None:
+    """A run's folder: as it stands, or below the runs folder; None where the path is none."""
+    return next((each for each in (path, runs_dir / path) if (each / "spec.json").is_file()), None)
 
 
 def _those(specs: list[RunSpec], name: str, wanted: Sequence[str | int], path: Path) -> list[RunSpec]:
