@@ -80,7 +80,7 @@ def run(
 
     with told():
         root, platform = runs_root(runs_dir), preflight.detect_platform(ray_address)
-        read, specs = missing.selected(recipe, overrides, arms, tasks, seeds, runs_dir=root, platform=platform)
+        read, specs = missing.selected(recipe, overrides, arms, tasks, seeds, runs_dir=root, platform=lambda: platform)
         typer.echo(f"platform: {platform}")
         specs = preflight.free(specs, root) if share else specs
         findings = preflight.check(specs, root, platform, ray_address)
@@ -119,7 +119,7 @@ def plan(
     with told():
         _refuse_together({"--show": show, "--as-verl": as_verl, "--csv": as_csv}, {"--gpu": gpu, "--json": as_json})
         root, one = runs_root(runs_dir), [arm] if (arm := show or as_verl) else None
-        read, specs = missing.selected(recipe, overrides, one, None, None, runs_dir=root, platform=_platform())
+        read, specs = missing.selected(recipe, overrides, one, None, None, runs_dir=root, platform=_platform)
         if as_verl:
             typer.echo(_stock_command(specs[0], root))
         elif show:

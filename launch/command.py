@@ -37,7 +37,7 @@ def submit_command(
     from launch import profile as profiles
 
     root, cluster = runs_root(runs_dir), profiles.load(profile)
-    _, specs = missing.selected(recipe, overrides, arms, tasks, seeds, runs_dir=root, platform=cluster.platform)
+    _, specs = missing.selected(recipe, overrides, arms, tasks, seeds, runs_dir=root, platform=lambda: cluster.platform)
     _submit(specs, cluster, root, dry_run)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from klreg_verl.experiment import verdicts
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.recipe import Cell, KLSpec, Recipe
 
@@ -57,10 +58,15 @@ def _text(value: Any) -> str:
 
 
 def _sentence(cell: Cell) -> str:
-    from klreg_verl import doctor
+    kl, train = cell.settings.kl, cell.settings.train
+    how = (train.advantage, train.updates_per_batch, train.policy_aggregation)
 
-    train = cell.settings.train
-    return doctor.explain(cell.settings.kl, train.advantage, train.updates_per_batch, train.policy_aggregation)
+    def told() -> str:
+        from klreg_verl import doctor
+
+        return doctor.explain(kl, *how)
+
+    return verdicts.about(kl, {"asked": "explain", "how": how, "json": False}, told) or ""
 
 
 def differences(runs: Sequence[tuple[RunSpec, Values]]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from klreg_verl.experiment import selection
@@ -21,7 +21,7 @@ def selected(
     seeds: Sequence[int] | None,
     *,
     runs_dir: Path,
-    platform: str,
+    platform: Callable[[], str],
 ) -> tuple[Recipe, list[RunSpec]]:
     """The recipe and the runs asked for, as experiment.selection has them, once `check` finds nothing."""
     read, specs = selection.selected(path, changes, arms, tasks, seeds)
@@ -29,7 +29,7 @@ def selected(
     return read, specs
 
 
-def check(read: Recipe, specs: Sequence[RunSpec], runs_dir: Path, platform: str) -> None:
+def check(read: Recipe, specs: Sequence[RunSpec], runs_dir: Path, platform: Callable[[], str]) -> None:
     """Files, folders and functions that are not there, and settings of verl's that klreg sets: all at once.
 
     What is in the files, `klreg run --dry-run` checks. Raises ConfigError with file and line of each.
@@ -88,10 +88,12 @@ def _no_reward(cell: Cell, spec: RunSpec) -> Iterator[str]:
         yield f"{place}: {error}"
 
 
-def _refused(cell: Cell, spec: RunSpec, runs_dir: Path, platform: str) -> Iterator[str]:
+def _refused(cell: Cell, spec: RunSpec, runs_dir: Path, platform: Callable[[], str]) -> Iterator[str]:
     from launch.inputs import planned_files
 
+    if not spec.verl:  # and so nothing is asked of torch
+        return
     try:
-        overrides.settings(spec, planned_files(spec, runs_dir), platform)
+        overrides.settings(spec, planned_files(spec, runs_dir), platform())
     except FieldError as error:
         yield f"{cell.places[error.field]}: {error.message}"
