@@ -395,6 +395,19 @@ def test_a_folder_without_runs_ends_with_2_and_nothing_is_written(tmp_path: Path
         assert (code, "There are no runs in" in said, sorted(tmp_path.rglob("*"))) == (2, True, before)
 
 
+def test_a_damaged_tensorboard_log_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "events.out.tfevents.1.x").write_bytes(b"junk" * 10)
+    code, said = klreg("report", str(tmp_path))
+    assert (code, "its logs hold no numbers" in said, (tmp_path / stock.FOLDER).exists()) == (2, True, False)
+
+
+def test_a_folder_a_step_is_one_dump(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write_lines(tmp_path / f"rollout/global_step_{step}/responses.jsonl", [response("p", "x", step / 2, step)])
+    assert series(only(tmp_path), "train/score") == {1: 0.5, 2: 1.0}
+
+
 def test_run_folders_of_our_own_and_empty_folders_are_not_stock(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "ours", "none", synthetic_rows("none", 1, 2))

@@ -81,7 +81,8 @@ def import_run(folder: Path) -> Imported:
     """Writes FOLDER with a run folder for each run in it, anew each time.
 
     Raises:
-        ValueError: it cannot be told which of the dumps are validations, or of which run. Nothing is written then.
+        ValueError: nothing can be read, or it cannot be told which of the dumps are validations, or of which run.
+            Nothing is written then.
     """
     files = {path: _kind_of_file(path) for path in _files(folder)}
     logs = stock_logs.read_logs((path for path, kind in files.items() if kind == "log"), folder)
@@ -89,6 +90,8 @@ def import_run(folder: Path) -> Imported:
     notes = [note for log in logs for note in log.notes] + [note for dump in dumps for note in _left_out(dump)]
     dumps, guessed = _settled(dumps, logs)
     runs = _named(_runs(logs, dumps))
+    if not runs:
+        raise ValueError("\n".join([f"There are no runs in {folder}: its logs hold no numbers.", *notes]))
     for run in runs:
         if clash := stock_dumps.twice(run.dumps):
             raise ValueError(f"{clash}. Report on the folder of one run at a time.")

@@ -36,6 +36,7 @@ TRAINING = re.compile(r"train\w*|rollouts?|rollout\w+")
 PLAIN_WORDS = {"data", "dump", "dumps", "dir", "generation", "generations", "gen", "sample", "samples", "output"}
 PLAIN_WORDS |= {"outputs", "log", "logs", "step", "steps", "global", "iter", "results", "responses", "jsonl"}
 """Words of a folder's or a file's name that say neither the kind nor the run."""
+STEP_FOLDER = re.compile(r"(global_?)?(step|iter)\w*?_?\d+")
 STORED_BYTES = 4 * 2**20
 """Text of one step that a run folder keeps; of a larger dump the first whole prompts that fit."""
 FIELDS = pa.schema(
@@ -115,7 +116,8 @@ def _place(path: Path, folder: Path) -> str:
     """The folder, and the words of the file's name beside its number."""
     named = re.split(r"[\W_]+", re.sub(r"\d+$", "", path.stem))
     words = "_".join(word for word in named if word and word.lower() not in PLAIN_WORDS)
-    return (path.parent.relative_to(folder) / words).as_posix()
+    parts = [part for part in path.parent.relative_to(folder).parts if not STEP_FOLDER.fullmatch(part)]
+    return Path(*parts, words).as_posix()
 
 
 def _split(name: str) -> list[str]:
