@@ -414,3 +414,10 @@ def test_k3_verl_is_verls_function_and_its_gradient_bit_for_bit():
     assert torch.equal(kl.value("k3_verl", spread, ref_logprobs), theirs.detach())
     assert torch.equal(kl.coefficient("k3_verl", spread, ref_logprobs), gradient)
     assert (gradient == 0).any() and (gradient != 0).any()
+
+
+def test_where_the_reference_excludes_the_token_values_are_their_limits():
+    # r -> 0: r log r - r + 1 -> 1; the Jensen-Shannon value -> log(2) / 2; chi2 (r - 1)^2 -> 1; tv |r - 1| / 2 -> 1/2
+    mine, excluded = torch.zeros(1), torch.tensor([-math.inf])
+    limits = {"forward": 1.0, "js": math.log(2) / 2, "chi2": 1.0, "tv": 0.5}
+    assert {name: kl.value(name, mine, excluded).item() for name in limits} == pytest.approx(limits)

@@ -667,3 +667,9 @@ def test_inside_the_normalization_the_std_divides_the_charge_too():
     # one standard deviation (0.1 * sqrt(2)) whatever beta is
     one = 1 / 2**0.5
     torch.testing.assert_close(found, torch.tensor([one, -one, one, -one]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("credit", penalties.CREDITS)
+def test_responses_without_any_token_have_no_penalty(credit):
+    nothing, mask = torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.bool)
+    assert penalties.reward_penalty("k1", nothing, nothing, mask, ALONE, credit=credit).shape == (3, 0)

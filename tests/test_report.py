@@ -355,7 +355,7 @@ def test_with_five_seeds_a_finding_says_what_is_beyond_two_standard_errors(tmp_p
     text = report.write_report(tmp_path).markdown.read_text()
     assert (
         "- reverse against none (5 paired seeds, exploratory): accuracy +0.1200 ± 0.0071. "
-        "Beyond two standard errors: accuracy.\n"
+        "Zero is outside the 95 % t interval of: accuracy.\n"
     ) in text
 
 

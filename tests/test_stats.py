@@ -51,9 +51,14 @@ def test_windows_of_a_short_run_do_not_overlap():
     assert stats.change([1.0]) is None
 
 
-@pytest.mark.parametrize(("mean", "error", "sign"), [(0.3, 0.1, 1), (-0.3, 0.1, -1), (0.2, 0.1, 0), (9.0, math.nan, 0)])
-def test_a_sign_is_clear_beyond_two_standard_errors(mean, error, sign):
-    assert stats.clear_sign(Estimate(mean=mean, standard_error=error, num=2)) == sign
+@pytest.mark.parametrize(
+    ("mean", "num", "sign"),
+    [(0.3, 8, 1), (-0.3, 8, -1), (0.2, 8, 0), (0.3, 3, 0), (0.44, 3, 1), (9.0, 1, 0)],
+)
+def test_a_sign_is_clear_where_the_t_interval_leaves_zero_out(mean, num, sign):
+    # 2.36 errors of 0.1 with eight values, 4.30 with three: three errors there are p 0.095
+    error = 0.1 if num > 1 else math.nan
+    assert stats.clear_sign(Estimate(mean=mean, standard_error=error, num=num)) == sign
 
 
 def test_changes_of_several_runs_are_averaged_with_errors_over_runs():

@@ -97,7 +97,7 @@ def test_sentences_say_how_accuracy_moved_and_where_arms_ended(tmp_path):
     write_run(tmp_path, "reverse", rows([0.4, 0.6] * 10, kl=0.5))
     assert summary.sentences(groups_of(tmp_path)) == [
         "none: accuracy rose from 0.500 to 0.900; first 10 against last 10 steps (difference +0.400 ± 0.047).",
-        "reverse: accuracy went from 0.500 to 0.500, within two standard errors; first 10 against last 10 steps "
+        "reverse: accuracy went from 0.500 to 0.500, zero inside the 95 % t interval; first 10 against last 10 steps "
         "(difference +0.000 ± 0.047).",
         "reverse against none: accuracy ended at 0.500 against 0.900 (difference −0.400 ± 0.047 over steps).",
         "reverse against none: KL to the reference (k1, nats per response) ended at 0.500 against 2.000 "
@@ -116,7 +116,7 @@ def test_two_standard_errors_between_arms_are_spoken_of_from_five_seeds_on(tmp_p
         write_run(tmp_path, "reverse", rows([0.6 + 0.01 * seed] * 4), seed=seed)
     told = summary.sentences(groups_of(tmp_path))
     # differences 0.11 ... 0.15: mean 0.13, sd sqrt(0.001 / 4), error sqrt(0.00005) = 0.0071
-    assert told[2].endswith("(difference +0.1300 ± 0.0071 over 5 paired seeds, more than two standard errors).")
+    assert told[2].endswith("(difference +0.1300 ± 0.0071 over 5 paired seeds, zero outside the 95 % t interval).")
 
 
 def test_the_scope_depends_on_the_number_of_seeds(tmp_path):

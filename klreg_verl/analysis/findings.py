@@ -117,7 +117,7 @@ def _against(group: Group, first: Group) -> str:
     clear = [SHORT[key] for key, each in known.items() if stats.clear_sign(each.difference)]
     verdict = ""
     if pairs >= MANY_SEEDS:
-        verdict = f" Beyond two standard errors: {', '.join(clear) or 'none of them'}."
+        verdict = f" Zero is outside the 95 % t interval of: {', '.join(clear) or 'none of them'}."
     cautions = (interim([group, first]), cards.caution([*group.final_runs, *first.final_runs]))
     text = f"{group.label} against {first.label} ({over}, exploratory): {', '.join(told)}.{verdict}"
     return " ".join([text, *filter(None, cautions)])

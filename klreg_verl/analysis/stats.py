@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from klreg_verl.core.statistics import Estimate, difference, mean_and_error, paired
+from klreg_verl.core.statistics import LEVEL, Estimate, difference, mean_and_error, paired, t_quantile
 
 __all__ = [
     "WINDOW",
@@ -51,7 +51,7 @@ class Change:
 
     @property
     def direction(self) -> int:
-        """1 or -1 if the difference exceeds two standard errors, else 0 (also when there is no standard error)."""
+        """The sign of the difference where its 95 % t interval leaves zero out, else 0 (also without an error)."""
         return clear_sign(self.difference)
 
 
@@ -94,8 +94,10 @@ def paired_difference(left: Mapping[int, float], right: Mapping[int, float]) -> 
 
 
 def clear_sign(estimate: Estimate) -> int:
-    """The sign of a mean that is more than two standard errors from zero; else 0."""
-    if math.isnan(estimate.standard_error) or abs(estimate.mean) <= 2 * estimate.standard_error:
+    """The sign of a mean whose 95 % t interval leaves zero out; else 0. Three values need 4.3 errors, not two."""
+    if math.isnan(estimate.standard_error) or estimate.num < 2:
+        return 0
+    if abs(estimate.mean) <= t_quantile(1 - LEVEL / 2, estimate.num - 1) * estimate.standard_error:
         return 0
     return 1 if estimate.mean > 0 else -1
 

@@ -353,7 +353,7 @@ def _movement(group: Group, prefix: str) -> str:
     over = f", over {error_over(group)}" if len(group.final_runs) > 1 else ""
     over += f"; interim, {steps_text(group)} steps" if group.is_interim else ""
     how = {1: f"rose from {first} to {last}", -1: f"fell from {first} to {last}"}
-    moving = how.get(moved.direction, f"went from {first} to {last}, within two standard errors")
+    moving = how.get(moved.direction, f"went from {first} to {last}, zero inside the 95 % t interval")
     return f"{prefix}{group.label}: {name} {moving}; {when} ({gap}{over})."
 
 
@@ -379,13 +379,13 @@ def interim(groups: Sequence[Group]) -> str:
 
 
 def _pairing(found: Contrast, group: Group, baseline: Group) -> str:
-    """What the error of a difference is over; from five seeds on also how it compares with twice that error."""
+    """What the error of a difference is over; from five seeds on also whether its t interval has zero in it."""
     if found.num_pairs < 2:
         single = len(group.final_runs) == 1 == len(baseline.final_runs)
         return "over steps" if single else f"not paired: over {error_over(group)} and {error_over(baseline)}"
     over = f"over {found.num_pairs} paired seeds"
-    clear = "more than" if stats.clear_sign(found.difference) else "within"
-    return over if found.num_pairs < MANY_SEEDS else f"{over}, {clear} two standard errors"
+    clear = "outside" if stats.clear_sign(found.difference) else "inside"
+    return over if found.num_pairs < MANY_SEEDS else f"{over}, zero {clear} the 95 % t interval"
 
 
 def _finals_by_seed(group: Group, key: str) -> dict[int, float]:

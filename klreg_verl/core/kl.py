@@ -97,8 +97,9 @@ def _k3(log_ratio: Tensor) -> Tensor:
 
 @_in_float64
 def _forward(log_ratio: Tensor) -> Tensor:
-    """r log r - r + 1 = -d - (1 + d) (r - 1), which is never inf - inf."""
-    return -log_ratio - (1 + log_ratio) * _excess_ratio(log_ratio)
+    """r log r - r + 1 = -d - (1 + d) (r - 1), which is never inf - inf; 1 where the reference excludes the token."""
+    value = -log_ratio - (1 + log_ratio) * _excess_ratio(log_ratio)
+    return torch.where(log_ratio == torch.inf, 1.0, value)
 
 
 def _log_two_over_one_plus(size: Tensor) -> Tensor:
@@ -108,10 +109,14 @@ def _log_two_over_one_plus(size: Tensor) -> Tensor:
 
 @_in_float64
 def _js(log_ratio: Tensor) -> Tensor:
-    """f(r) = r f(1 / r), so that the formula is needed for d >= 0 alone, where nothing overflows."""
+    """f(r) = r f(1 / r), so that the formula is needed for d >= 0 alone, where nothing overflows.
+
+    log(2) / 2 where the reference excludes the token: size exp(-size) goes to 0.
+    """
     size = log_ratio.abs()
     inverse = torch.exp(-size)
-    above = 0.5 * ((1 + inverse) * _log_two_over_one_plus(size) - size * inverse)
+    steep = torch.where(size == torch.inf, 0.0, size * inverse)
+    above = 0.5 * ((1 + inverse) * _log_two_over_one_plus(size) - steep)
     return torch.exp(torch.relu(-log_ratio)) * above
 
 

@@ -113,6 +113,8 @@ def baseline(charges: Tensor, response_mask: Tensor, group_ids: Tensor, *, credi
     the whole response; otherwise those unmasked at t, since a finished sibling has no S_t. `group_ids` is (B,).
     """
     _check("credit", credit, CREDITS)
+    if not charges.shape[-1]:
+        return charges  # responses without any token have no first one
     if credit == "sequence":
         first = response_mask.int().argmax(dim=-1, keepdim=True)
         mean = leave_one_out_mean(charges.gather(1, first)[:, 0], group_ids, response_mask.any(dim=-1))

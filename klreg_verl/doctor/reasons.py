@@ -52,7 +52,7 @@ def reason(subject: Subject, rule: Rule, judged: Verdict) -> str:
     found = facts.facts(subject, rule)
     if judged == "ok" and found.followed is not None:
         drawn = f" {_DRAWN}" if rule.is_drawn else ""
-        return f"{_followed(found.followed)}{drawn}"
+        return f"{_followed(found.followed, found)}{drawn}"
     if _corrects_the_reward(rule):
         return (
             "PPO's ratio pi / pi_old already multiplies what is charged to the reward: a correction has nothing to "
@@ -145,11 +145,14 @@ def _has_a_void_half(subject: Subject, rule: Rule) -> bool:
     return rule.placement == "both" and rule.pull is not None and facts.loss_half_vanishes(subject, rule.pull)
 
 
-def _followed(match: Match) -> str:
-    coarse = " It is a lower bound, near the full one where the top tokens hold most of the mass."
+def _followed(match: Match, found: Facts) -> str:
+    start = f"It follows {named(match.name)}, {_SCOPES[match.level]}: the expected gradient is exactly that one."
+    if match.level != "coarse":
+        return start
+    cosines = facts.cosines(found.found, match.name, "token")
     return (
-        f"It follows {named(match.name)}, {_SCOPES[match.level]}: the expected gradient is exactly that one."
-        f"{coarse if match.level == 'coarse' else ''}"
+        f"{start} That divergence is a lower bound: against the gradient of the full one per token the cosine is "
+        f"{min(cosines):.2f} to {max(cosines):.2f} on the doctor's policies."
     )
 
 
