@@ -274,7 +274,7 @@ def test_a_grid_given_on_the_command_line_replaces_the_default_value(load: Load)
         ("model: {path: tiny}\n", "", "study.yaml:1: model: missing. It has no default and must be written."),
         ("path: tiny", "path: org/x, options: {a: 1}", "has no effect: only `path: tiny` is trained here, 'org/x' is"),
         ("path: tiny", "path: tiny, revision: abc", "only Hugging Face ids have revisions, not 'tiny'."),
-        ("path: tiny", "path: ''", "model.path: is empty. Give `tiny`, a folder, or a Hugging Face id."),
+        ("path: tiny", "path: ''", "model.path: is empty. Give `tiny`, `smollm2`, a folder, or a Hugging Face id."),
         ("seeds: [1, 2]", "seeds: 1", "study.yaml:4: seeds: expected a list of whole numbers, got 1. Write [1]."),
         ("seeds: [1, 2]", "seeds: 3", "got 3. Write [3] for that one seed, or [1, 2, 3] for 3 of them."),
         ("seeds: [1, 2]", "seeds: range(1, 9)", "got 'range(1, 9)'. Write [1, 2, 3, 4, 5, 6, 7, 8]."),
