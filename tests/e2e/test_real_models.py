@@ -88,3 +88,16 @@ def test_after_two_updates_the_sampler_has_the_trainers_weights(arm: str, famili
     for line in lines:
         assert line["kl_rollout/max"] < 1e-3
     assert lines[2]["kl_ref/k3_response"] > 1e-4  # the control: the weights have moved by far more than that
+
+
+def test_a_released_model_trains_on_a_task_of_ones_own(lab: Lab, smollm2: Path):
+    """Step 2 is sampled after an update; SmolLM2's embedding is 108 MB, and tied."""
+    short = ["train.steps=2", "train.prompts_per_step=2", "train.warmup_steps=0", "eval.before=false", "eval.every=0"]
+    lab.klreg("run", "recipes/real_model_cpu.yaml", *short, "save.at_end=false", timeout=3000)
+    for arm in ("none", "reverse", "forward"):
+        lines = metrics(lab.folder("real_model_cpu", arm, "sums"))
+        assert [line["step"] for line in lines] == [1, 2]
+        for line in lines:
+            assert line["kl_rollout/max"] < 1e-3
+            assert 0 <= line["train/accuracy"] <= 1
+            assert line["response/length"] > 1
