@@ -58,15 +58,14 @@ def _text(value: Any) -> str:
 
 
 def _sentence(cell: Cell) -> str:
-    kl, train = cell.settings.kl, cell.settings.train
-    how = (train.advantage, train.updates_per_batch, train.policy_aggregation)
+    kl, objective = cell.settings.kl, cell.settings.objective
 
     def told() -> str:
         from klreg_verl import doctor
 
-        return doctor.explain(kl, *how)
+        return doctor.explain(kl, objective)
 
-    return verdicts.about(kl, {"asked": "explain", "how": how, "json": False}, told) or ""
+    return verdicts.about(kl, {"asked": "explain", "objective": asdict(objective), "json": False}, told) or ""
 
 
 def differences(runs: Sequence[tuple[RunSpec, Values]]) -> list[str]:
