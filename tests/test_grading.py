@@ -140,7 +140,7 @@ def start() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("responses", [600, pytest.param(2400, marks=pytest.mark.full(minutes=2))])
+@pytest.mark.parametrize("responses", [300, pytest.param(3000, marks=pytest.mark.full(minutes=2))])
 def test_nothing_that_a_model_writes_raises_hangs_or_leaves_anything(tmp_path, monkeypatch, responses):
     monkeypatch.chdir(tmp_path)
     start()
@@ -164,7 +164,7 @@ def test_nothing_that_a_model_writes_raises_hangs_or_leaves_anything(tmp_path, m
     assert slowest[0] < HANG_SECONDS, slowest[1]
     assert 0 < watch.largest < worker.MEMORY_BYTES + 300 * 2**20  # and what the program itself takes
     assert list(tmp_path.iterdir()) == []
-    assert verified > responses // 24 and ungraded > 5  # the responses reached every part of the grader
+    assert verified > responses // 20 and ungraded > 5  # the responses reached every part of the grader
     assert compute_score("deepscaler", r"\boxed{x+1}", "1+x")["score"] == 1.0
 
 

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from verl_stack import environment
 
 from data_prep.grading import worker
-from data_prep.grading.pool import Pool, Ungraded
+from data_prep.grading.pool import Pool, Ungraded, _Line, _Program
 
 pytest.importorskip("math_verify", reason="math-verify is not installed (make setup)")
 
@@ -176,6 +177,95 @@ def test_with_its_program_killed_the_pool_starts_a_new_one():
     assert gone(before)  # the kernel ends the children
     assert pool.is_right([GOLD], RIGHT)
     assert not set(before) & set(pool.processes())
+    pool.close()
+
+
+def test_killed_while_it_starts_it_is_started_again_at_once():
+    pool = Pool(limit_seconds=20)
+    pool.prepare()
+    os.kill(pool.processes()[0], signal.SIGKILL)
+    assert pool.is_right([GOLD], RIGHT)
+    pool.close()
+
+
+class Clock:
+    """The pool's time, which moves when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("data_prep.grading.pool.time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+class Starts:
+    """Programs that are killed, or hang, while they start, as long as `fails` says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, hang: bool = False) -> None:
+        self.fails, self.count, begin = True, 0, _Program.__init__
+        if hang:
+            monkeypatch.setattr("data_prep.grading.pool.START_SECONDS", 0.01)
+
+        def start(program: _Program) -> None:
+            self.count += 1
+            begin(program)
+            if self.fails:
+                program.process.send_signal(signal.SIGSTOP if hang else signal.SIGKILL)
+
+        monkeypatch.setattr(_Program, "__init__", start)
+
+
+@pytest.mark.parametrize(("hang", "why"), [(False, "it ended while starting"), (True, "TimeoutError: timed out")])
+def test_a_program_that_does_not_start_is_tried_again_after_pauses_that_double_and_is_never_given_up(
+    monkeypatch, caplog, hang, why
+):
+    clock, starts = Clock(monkeypatch), Starts(monkeypatch, hang=hang)
+    pool = Pool(limit_seconds=20)
+    for pause in (1, 2, 4, 8, 16, 32, 60, 60):
+        before = starts.count
+        assert why in str(outcome(pool, (GOLD, RIGHT))) and starts.count == before + 2  # twice at once
+        clock.now += 0.9 * pause
+        assert why in str(outcome(pool, (GOLD, RIGHT))) and starts.count == before + 2  # not before the pause is over
+        clock.now += 0.2 * pause
+    starts.fails = False  # whatever held it up is over
+    monkeypatch.setattr("data_prep.grading.pool.START_SECONDS", 60.0)
+    assert pool.is_right([GOLD], RIGHT)
+    assert "for 60 s" in caplog.text and "Install math-verify" not in caplog.text
+    pool.close()
+
+
+def test_a_place_in_line_is_given_to_whoever_has_waited_longest():
+    line, order = _Line(1), []
+
+    def wait_for_a_place(number: int) -> None:
+        assert line.enter(60)
+        order.append(number)
+        line.leave()
+
+    assert line.enter(0)
+    threads = [threading.Thread(target=wait_for_a_place, args=(number,)) for number in range(6)]
+    for number, thread in enumerate(threads, 1):
+        thread.start()
+        while line.waiting < number:  # it is in line before the next one comes
+            time.sleep(0.001)
+    line.leave()
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, 3, 4, 5]
+
+
+def test_one_that_waited_in_vain_leaves_the_line_and_takes_no_place():
+    line = _Line(1)
+    assert line.enter(0) and not line.enter(0.001)
+    assert line.waiting == 0
+    line.leave()
+    assert line.enter(0)
+
+
+def test_without_a_free_worker_in_time_there_is_no_verdict():
+    pool = Pool(max_workers=1, wait_seconds=0.01)
+    assert pool.line.enter(0)  # the only one is busy
+    assert outcome(pool, (GOLD, RIGHT)) == "no worker was free for 0.01 s"
+    pool.line.leave()
+    assert pool.is_right([GOLD], RIGHT)
     pool.close()
 
 

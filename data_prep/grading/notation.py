@@ -6,6 +6,7 @@ Nothing here compares or computes; what comes out is LaTeX that means what went 
 
 import re
 import unicodedata
+from functools import lru_cache
 
 from data_prep.grading.units import DEGREE, dimension
 
@@ -169,6 +170,7 @@ _EVERYTHING = re.compile(r"(?:all|any)\s+real(?:s|\s+numbers?)", re.IGNORECASE)
 _PLAIN = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?|[a-zA-Z]")
 
 
+@lru_cache(maxsize=4096)
 def tidy(text: str) -> str:
     """The expression in the one way of writing; it stays LaTeX."""
     text = re.sub(r"(?<!\\)\\$", "", text.strip()).strip()
