@@ -28,7 +28,7 @@ What can be argued either way is decided so, here and everywhere:
     x+1=5                5                 right: the right side counts, unless numbers contradict (6=5)
     4                    x^2+y^2=4         wrong: an equation with numbers on its left is no value
     3/4, 6:8             3:4               right; times of day (9:15) are equal to themselves alone
-    7:30 PM              7:30              right; against 7:30 AM it is wrong
+    7:30 PM              7:30, 19:30       right; against 7:30 AM it is wrong
     B. 12, Option B      B, 12             right, also in the other direction; b is not B, and B, C is not B
     5 (not 6)            5                 wrong: a unit is an entry of the table in units.py, all else is words
     no solutions         \emptyset         right
@@ -42,6 +42,7 @@ What can be argued either way is decided so, here and everywhere:
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from data_prep.grading import units
 from data_prep.grading.rationals import equal_numbers, number
@@ -70,7 +71,8 @@ _WRAPPED = re.compile(r"\\text\{([^{}]*)\}|\{([^{}]*)\}|\(([A-Za-z])\)")
 _IN_BASE = re.compile(r"\(?([0-9A-F][0-9A-Za-z]*)\)?_(?:\{?\(?([0-9]{1,2})\)?\}?|\{?\\text\{([a-z]+)\}\}?)")
 _DIGITS = re.compile(r"[0-9][0-9A-Fa-f]*|[0-9A-F]+")
 _BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
-_CODE = re.compile(r"[A-Za-z][A-Za-z0-9]+")
+_CODE = re.compile(r"[A-Za-z][A-Za-z0-9]+|[0-9]+[A-Za-z]+[0-9][A-Za-z0-9]*")
+_MODULO = re.compile(r"\\[bp]?mod(?![a-zA-Z])")
 _SET = re.compile(r"\\(?:emptyset|mathbb\{[A-Z]\})(?:\^\{?[+\-*0-9]\}?)?")
 _REALS = r"\mathbb{R}"
 _DOTS = re.compile(r"\\ldots")
@@ -142,10 +144,14 @@ def _same_clock(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
     if not isinstance(gold, Clock) or not isinstance(answer, Clock):
         hour_alone = isinstance(answer, Clock) and isinstance(gold, Value) and number(gold.text) is not None
         return hour_alone and answer.half != "" and (answer.minute, gold.text) == (0, str(answer.hour))  # type: ignore[union-attr]
-    times = {(side.hour % 12 if side.half else side.hour, side.minute, side.second) for side in (gold, answer)}
-    if gold.half and answer.half:
-        return gold.half == answer.half and len(times) == 1
-    return (gold.hour, gold.minute, gold.second) == (answer.hour, answer.minute, answer.second)
+    if bool(gold.half) != bool(answer.half) and gold.hour <= 12 and answer.hour <= 12:
+        gold, answer = replace(gold, half=""), replace(answer, half="")
+    return _of_day(gold) == _of_day(answer)
+
+
+def _of_day(time: Clock) -> tuple[int, int, int]:
+    hour = time.hour % 12 + 12 * (time.half == "p") if time.half else time.hour
+    return hour, time.minute, time.second
 
 
 def _same_equation(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
@@ -202,8 +208,15 @@ def _whole_line(shape: Shape) -> Range | None:
 
 
 def _same_union(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
-    one, other = (side.pieces if isinstance(side, Union) else (side,) for side in (gold, answer))
-    return _same_set(one, other, algebra)
+    return _same_set(_pieces(gold), _pieces(answer), algebra)
+
+
+def _pieces(shape: Shape) -> tuple[Shape, ...]:
+    """Of a union, also of one that is written as a list of intervals."""
+    if isinstance(shape, Union):
+        return shape.pieces
+    ranges = [as_range(item) for item in shape.items] if isinstance(shape, Many) and not shape.brackets else []
+    return tuple(one for one in ranges if one) if ranges and all(ranges) else (shape,)
 
 
 def _same_many(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
@@ -308,6 +321,8 @@ def _same_value(gold: Value, answer: Value, algebra: Algebra) -> bool | None:
     if left and right:
         return equal_numbers(left, right)
     if _are_texts(one, other) or wordy:
+        return False
+    if bool(_MODULO.search(one)) != bool(_MODULO.search(other)):
         return False
     if _SET.fullmatch(one) or _SET.fullmatch(other) or differ(gold.text, answer.text):
         return False

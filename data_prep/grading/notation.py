@@ -62,6 +62,8 @@ _CHARACTERS = str.maketrans(
         "\u3002": ".",
         "\uffe5": "\u00a5",
         "\uffe1": "\u00a3",
+        "\u00ba": DEGREE,
+        "\u02da": DEGREE,
         "\u2103": DEGREE + "C",
         "\u2109": DEGREE + "F",
     }
@@ -105,6 +107,9 @@ _LAYOUT = _patterns(
 _NAMES = "|".join(FUNCTIONS)
 _SYNONYMS = _patterns(
     (r"\\text(?:dollar)(?![a-zA-Z])", ""),
+    (r"\\textsuperscript\{", "^{"),
+    (rf"\\checkmark{_END}|^\s*\\therefore{_END}|^\s*\\(?:approx|sim){_END}", ""),
+    (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (rf"\\(?:texteuro|euro|EUR){_END}", "\u20ac"),
     (rf"\\(?:pounds|textsterling){_END}", "\u00a3"),
     (rf"\\(?:text)?yen{_END}", "\u00a5"),
@@ -195,6 +200,10 @@ def tidy(text: str) -> str:
         for pattern, replacement in _SYNONYMS:
             text = pattern.sub(replacement, text)
         text = _REPEATING.sub(_fraction, text)
+    if "infinity" in text.lower():
+        text = re.sub(
+            r"(?:\\text\{\s*)?(?<![a-zA-Z\\])infinity(?![a-zA-Z])\s*\}?", r"\\infty ", text, flags=re.IGNORECASE
+        )
     text = _PERCENT.sub(r"\\%", text)
     text = _MULTIPLIER.sub(_power, text)
     if r"\text" in text:

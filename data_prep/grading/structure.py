@@ -227,19 +227,48 @@ def _fixed_form(text: str, depth: int) -> Shape | None:
 def _several(text: str, depth: int) -> Shape | None:
     """Lists, tuples, sets, and what a sign of plus or minus stands for."""
     if r"\begin" in text:
-        return None
+        return _system(text, depth)
     items = _split(text, _SPLIT)
     if len(items) > MAX_ITEMS:
         return Value(text)
     if len(items) > 1 and all(item.strip() for item in items):
         if all(_is_inequality(item) for item in items) and re.search(r"(?<![a-zA-Z])or(?![a-zA-Z])", text):
             return Union(tuple(read(item, depth + 1) for item in items))
-        return _listed("", [read(item, depth + 1) for item in items])
+        shapes = [read(item, depth + 1) for item in items]
+        return _between_both(shapes, text) or _listed("", shapes)
     if re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text):
         pairs = (("+", "-"), ("-", "+"))
         signed = [re.sub(r"\\mp(?![a-zA-Z])\s*", low, re.sub(r"\\pm(?![a-zA-Z])\s*", up, text)) for up, low in pairs]
         return _listed("", [read(re.sub(r"(^|[=(,{])\s*\+", r"\1", one), depth + 1) for one in signed])
     return _bracketed(text, depth)
+
+
+def _system(text: str, depth: int) -> Shape | None:
+    """Assignments below one another."""
+    found = re.fullmatch(r"\\begin\{cases\}([^&]*)\\end\{cases\}", text)
+    rows = [row for row in found[1].split(r"\\") if row.strip()] if found else []
+    if not rows or not all("=" in row for row in rows):
+        return None
+    return _listed("", [read(row.strip().rstrip(","), depth + 1) for row in rows])
+
+
+def _between_both(shapes: Sequence[Shape], text: str) -> Shape | None:
+    """x > 1 and x < 3 as the interval between; x < 1, x > 3 as both sides of it."""
+    if len(shapes) != 2 or not all(isinstance(shape, Range) and shape.name for shape in shapes):
+        return None
+    one, other = sorted((s for s in shapes if isinstance(s, Range)), key=lambda shape: shape.low.text == r"-\infty")
+    low, high = value(one.low.text), value(other.high.text)
+    if (
+        one.name != other.name
+        or one.high.text != r"\infty"
+        or other.low.text != r"-\infty"
+        or low is None
+        or high is None
+    ):
+        return None
+    if low < high:
+        return Range(one.low, other.high, (one.closed[0], other.closed[1]), one.name)
+    return NEVER if re.search(r"(?<![a-zA-Z])and(?![a-zA-Z])", text) else Union(tuple(shapes))
 
 
 def _is_inequality(text: str) -> bool:

@@ -37,11 +37,12 @@ _OTHER = {
     "cup": "cup", "tsp": "tsp teaspoon", "tbsp": "tbsp tablespoon", "floz": "floz", "mL": "cc", "amu": "amu u Da",
     "ohm": "\u03a9 \\Omega", "angstrom": "\u00c5 \\AA angstrom", "atm": "atm atmosphere", "mmHg": "mmHg", "dB": "dB",
     "M": "molar", "lm": "lm lumen", "lx": "lx lux", "cd": "cd candela", "Wb": "Wb weber", "S": "S siemens",
-    "erg": "erg", "dyn": "dyne", "gauss": "gauss", "ppm": "ppm", "rpm": "rpm",
+    "erg": "erg", "psi": "psi", "dyn": "dyne", "gauss": "gauss", "ppm": "ppm", "rpm": "rpm",
     "arcmin": "arcmin arcminute", "arcsec": "arcsec arcsecond",
     "C": "\u00b0C celsius centigrade", "F": "\u00b0F fahrenheit", "sr": "sr steradian", "parsec": "parsec pc",
     "cent": "cent \u00a2 penny pennies", "usd": "dollar buck USD US$", "eur": "euro EUR \u20ac",
-    "gbp": "GBP \u00a3 quid", "jpy": "JPY yen", "cny": "CNY RMB yuan \u5143", "inr": "INR Rs Re rupee \u20b9",
+    "gbp": "GBP \u00a3 quid", "jpy": "JPY yen \u5186", "cny": "CNY RMB yuan \u5143 \u5143\u4eba\u6c11\u5e01",
+    "inr": "INR Rs Re rupee \u20b9",
     "krw": "KRW won \u20a9", "rub": "RUB ruble rouble \u20bd", "cad": "CAD", "aud": "AUD", "chf": "CHF franc",
     "peso": "peso", "B": "byte kB KB MB GB TB", "hkd": "HKD", "sgd": "SGD", "yenyuan": "\u00a5",
 }  # fmt: skip
@@ -93,7 +94,7 @@ _TOKEN = re.compile(
     "[\u00a2\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd])[.']?)"
 )
 _START = re.compile(
-    rf"\{{?\s*\\text\{{|\\frac\{{\s*\\text|\\(?:mu|Omega|AA|ohm)(?![a-zA-Z])|[{DEGREE}\u00a2\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd]"
+    rf"\{{?\s*\\text\{{|\\frac\{{\s*\\text|\\frac\{{\s*[a-zA-Z]{{1,2}}\s*\}}\{{\s*[a-zA-Z]{{1,3}}(?:\^\{{?[1-9]\}}?)?\s*\}}$|\\(?:mu|Omega|AA|ohm)(?![a-zA-Z])|[{DEGREE}\u00a2\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd]"
     r"|[\u4e00-\u9fff\u03a9\u00c5\u00b5]|\^\s*\{?\s*(?:\\text\{\s*)?(?:st|nd|rd|th)|(?<![\\a-zA-Z{_])[a-zA-Z]{2,}"
     r"|(?<=[\s0-9}])(?<![_^]\{)[a-zA-Z](?=\s*[/^]|$|\s*\\(?:cdot|Omega))|(?<=[\s0-9}])-(?=\s*[a-z\\])|(?<=\d)\s*\((?=[a-zA-Z]|\\text)"
 )
