@@ -13,6 +13,7 @@ import pytest
 from run_folders import write_run
 
 from data_prep import palindrome
+from klreg_verl.core.objective import Objective
 from klreg_verl.experiment import recipe, verdicts
 from klreg_verl.experiment.kl_settings import KLSpec
 from klreg_verl.experiment.strict import ConfigError
@@ -127,11 +128,11 @@ def test_a_refusal_is_the_same_from_the_cache(cache: Path) -> None:
     said = []
     for _ in range(2):
         with pytest.raises(ConfigError, match="here: kl.estimator='k1' with kl.placement='loss' is void") as error:
-            recipe.check_kl(void, "here", "token-mean")
+            recipe.check_kl(void, "here", Objective())
         said.append(str(error.value))
     assert said[0] == said[1] and len(list(cache.iterdir())) == 1
-    recipe.check_kl(K1, "here", "token-mean")
-    recipe.check_kl(replace(void, allow_biased=True, follows="none"), "here", "token-mean")
+    recipe.check_kl(K1, "here", Objective())
+    recipe.check_kl(replace(void, allow_biased=True, follows="none"), "here", Objective())
 
 
 def klreg(*arguments: str | Path) -> tuple[int, str, list[str]]:
