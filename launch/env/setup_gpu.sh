@@ -83,7 +83,15 @@ else
 fi
 pip=("$inside" -m pip install --no-deps --no-input --disable-pip-version-check)
 
-run "${pip[@]}" --requirement "$lock"
+# The builders first: what has no wheel is then built with them, and with nothing that pip chose.
+lines=$("$found" "$root/launch/env/hashes.py" "$lock" --print) || refuse "launch/env/gpu.hashes does not fit gpu.lock."
+listed=$(mktemp -d)
+trap 'rm -rf "$listed"' EXIT
+head -n 1 <<<"$lines" >"$listed/builders.txt"
+tail -n +2 <<<"$lines" >"$listed/packages.txt"
+for part in builders packages; do
+    run "${pip[@]}" --require-hashes --no-build-isolation --requirement "$listed/$part.txt"
+done
 case "$flash" in
     "") say "without flash-attn: recipes need attn_implementation sdpa and use_remove_padding false" ;;
     build) run env MAX_JOBS="${MAX_JOBS:-8}" "${pip[@]}" --no-build-isolation "flash-attn==$flash_version" ;;
