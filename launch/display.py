@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console, Group
@@ -17,12 +19,29 @@ from klreg_verl.experiment.plan import RunSpec, grid_name
 Line = dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How far an attempt has come on its way to its first step."""
+
+    doing: str
+    """What is being done now, as the run says it."""
+    seconds: float
+    """Since the attempt began."""
+    usual: float | None
+    """How long it took until the first step in other attempts of the recipe [s]; None: there is none."""
+    log: Path
+
+    def __str__(self) -> str:
+        return f"{self.doing} {clock(self.seconds)}{remaining(' of about {}', self.usual)}, log: {self.log}"
+
+
 class Display(Protocol):
     """Told of everything worth seeing; `step` gets a line of metrics.jsonl."""
 
     def note(self, text: str) -> None: ...
     def skip(self, spec: RunSpec) -> None: ...
     def start(self, spec: RunSpec, steps_done: int) -> None: ...
+    def starting(self, spec: RunSpec, start: Start) -> None: ...
     def step(self, spec: RunSpec, line: Line) -> None: ...
     def end(self, spec: RunSpec, status: str, reason: str) -> None: ...
 
@@ -64,6 +83,7 @@ class PlainDisplay:
 
     def __init__(self, runs: int) -> None:
         self._pace = Pace(runs)
+        self._doing = ""
 
     def note(self, text: str) -> None:
         print(text, flush=True)
@@ -76,6 +96,12 @@ class PlainDisplay:
         self._pace.start(spec, steps_done)
         resumed = f", resumed after step {steps_done}" if steps_done else ""
         print(f"{spec.run_id}: starting{resumed} ({spec.train.steps} steps)", flush=True)
+
+    def starting(self, spec: RunSpec, start: Start) -> None:
+        """A line whenever something else is being done."""
+        if start.doing != self._doing:
+            self._doing = start.doing
+            print(f"{spec.run_id}: {start}", flush=True)
 
     def step(self, spec: RunSpec, line: Line) -> None:
         self._pace.step(line)
@@ -136,7 +162,9 @@ class LiveDisplay:
         self._pace = Pace(len(specs))
         self._headline = "accuracy"
         self._rows: dict[str, list[str]] = {spec.run_id: self._row(spec, "waiting") for spec in specs}
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[left]}"))
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(None), TextColumn("{task.fields[left]}")
+        )
         self._task = self._bar.add_task("starting", total=None, left="")
         self._live = Live(self._render(), console=console, refresh_per_second=4)
 
@@ -160,6 +188,10 @@ class LiveDisplay:
         self._pace.start(spec, steps_done)
         self._set(spec, self._row(spec, "starting", str(steps_done)))
         self._bar.reset(self._task, total=spec.train.steps, completed=steps_done, description=f"{spec.arm}: starting")
+
+    def starting(self, spec: RunSpec, start: Start) -> None:
+        self._bar.update(self._task, description=f"{spec.arm}: {start}")
+        self._live.update(self._render())
 
     def step(self, spec: RunSpec, line: Line) -> None:
         self._pace.step(line)

@@ -11,8 +11,10 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -27,13 +29,15 @@ from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.store import RunFolder, RunLocked, Status, atomic_write, run_folder, write_json
 from klreg_verl.verl_hooks import checkpoints, cpu, overrides
 from launch import failure, gpu, guardian, host, inputs, preflight
-from launch.display import Display
+from launch.display import Display, Start
 from launch.session import AttachedSession, Session, attached_session, ray_session
 from launch.stall import Stall
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Ray's object store on a CPU: a tiny model's batches are megabytes, and Ray would take a third of the memory."""
 LOOK_SECONDS = 0.3
+STARTED = "started.json"
+"""In an attempt's folder: the seconds until its first line."""
 ALARM = "AlarmRaised"
 """The error of verl_hooks/watch.py with which a run's own alarms end it."""
 
@@ -184,12 +188,18 @@ def _watch(
     try:
         session.start(argv, environment, log)
         end, stalled, stall = None, None, Stall(attempt, spec.stall.minutes(platform))
-        shown = _last_step(folder)
+        before = shown = _last_step(folder)
+        began, usual, started = time.monotonic(), _usual_start(folder, spec), False
         while end is None:
             end = session.wait(LOOK_SECONDS)
             if end is None and stalled is None and (stalled := stall.reason()):
                 session.end(stalled)
-            shown = _show_new(spec, folder, shown, display)
+            shown, seconds = _show_new(spec, folder, shown, display), time.monotonic() - began
+            if not started and shown > before:
+                started = True
+                write_json(attempt / STARTED, {"seconds": seconds})
+            elif not started:
+                display.starting(spec, Start(doing=stall.doing(), seconds=seconds, usual=usual, log=log))
     except Interrupted as stop:
         _write_end(folder, attempt, "interrupted", stop.reason, stop.end)
         raise
@@ -199,6 +209,13 @@ def _watch(
         return Outcome(spec=spec, status="interrupted", reason=f"asked to stop, saved step {folder.last_step()}")
     reason = failure.reason(log, end)
     return Outcome(spec=spec, status="failed", reason=reason, end="alarm" if ALARM in reason else "")
+
+
+def _usual_start(folder: RunFolder, spec: RunSpec) -> float | None:
+    """Median seconds from an attempt's start to its first line, over the recipe's runs so far."""
+    recipe = folder.path.parents[2 + bool(spec.grid)]
+    found = [path for depth in ("*/*", "*/*/*") for path in recipe.glob(f"{depth}/seed*/attempts/*/{STARTED}")]
+    return statistics.median(json.loads(path.read_text())["seconds"] for path in found) if found else None
 
 
 def _write_end(folder: RunFolder, attempt: Path, status: Status, reason: str, end: str = "") -> None:

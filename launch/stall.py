@@ -40,7 +40,7 @@ class Stall:
         if now < self.next_look:
             return None
         self.next_look = now + LOOK_SECONDS
-        said = {path.stem: path.read_text() for path in self.folder.glob("*.json")}
+        said = self.told()
         if said != self.said:
             self.said, self.moved = said, now
         phase, doing = where(said)
@@ -53,6 +53,14 @@ class Stall:
             f"no progress for {limit:g} minutes in the phase {phase} ({doing}); {waited_for(phase)}. So the run was "
             f"ended: stall.{phase} in the recipe is the limit, 0 switches it off"
         )
+
+    def told(self) -> dict[str, str]:
+        """What the processes of the run have written: file stem -> JSON."""
+        return {path.stem: path.read_text() for path in self.folder.glob("*.json")}
+
+    def doing(self) -> str:
+        """What the run is at, in words."""
+        return where(self.told())[1]
 
 
 def where(said: Mapping[str, str]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from klreg_verl.experiment import plan, recipe
 from klreg_verl.experiment.plan import RunSpec
 from launch import display as displays
-from launch.display import LiveDisplay, Pace, PlainDisplay
+from launch.display import LiveDisplay, Pace, PlainDisplay, Start
 
 RECIPE = """\
 question: q
@@ -179,6 +179,30 @@ def test_the_live_display_shows_the_current_run_and_the_time_left(specs: list[Ru
         shown._live.refresh()
     assert "none seed 1" in where.file.getvalue()
     assert "0:40 left" in where.file.getvalue()  # 8 steps of 5 s
+
+
+def test_the_start_shows_what_is_done_for_how_long_how_long_it_usually_takes_and_the_log(
+    specs: list[RunSpec], capsys: pytest.CaptureFixture[str]
+):
+    """On a terminal as it goes on, elsewhere a line for each thing that is done."""
+    first, second, third = (
+        Start(doing="starting vLLM", seconds=42, usual=75.4, log=Path("runs/[x]/log")),
+        Start(doing="starting vLLM", seconds=43, usual=75.4, log=Path("runs/[x]/log")),
+        Start(doing="step 1, sampling", seconds=76, usual=None, log=Path("runs/[x]/log")),
+    )
+    where = console()
+    with LiveDisplay(specs[:1], where) as shown:
+        shown.start(specs[0], 0)
+        shown.starting(specs[0], first)
+        shown._live.refresh()
+    assert "none: starting vLLM 0:42 of about 1:15, log: runs/[x]/log" in where.file.getvalue()
+    plain = PlainDisplay(1)
+    for start in (first, second, third):
+        plain.starting(specs[0], start)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{specs[0].run_id}: starting vLLM 0:42 of about 1:15, log: runs/[x]/log",
+        f"{specs[0].run_id}: step 1, sampling 1:16, log: runs/[x]/log",
+    ]
 
 
 def test_an_error_inside_leaves_the_terminal_with_its_cursor(specs: list[RunSpec]):

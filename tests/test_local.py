@@ -25,6 +25,7 @@ from klreg_verl.experiment.settings import ModelSpec
 from klreg_verl.experiment.store import RunFolder, run_folder
 from klreg_verl.verl_hooks import cpu, overrides
 from launch import gpu, inputs, local, preflight
+from launch.display import Start
 from launch.local import Interrupted, Outcome
 from launch.session import End
 
@@ -44,6 +45,7 @@ class Seen:
 
     def __init__(self) -> None:
         self.events: list[Any] = []
+        self.starts: list[Start] = []
 
     def note(self, text: str) -> None:
         self.events.append(text)
@@ -53,6 +55,9 @@ class Seen:
 
     def start(self, spec: RunSpec, steps_done: int) -> None:
         self.events.append(("start", steps_done))
+
+    def starting(self, spec: RunSpec, start: Start) -> None:
+        self.starts.append(start)
 
     def step(self, spec: RunSpec, line: dict[str, Any]) -> None:
         self.events.append(line["step"])
@@ -126,6 +131,26 @@ def test_a_run_that_does_every_step_is_done(spec, files, tmp_path):
     state = folder.state()
     assert (state.status, state.step, state.steps, state.attempt) == ("done", 3, 3, 1)
     assert folder.is_done(spec)
+
+
+def test_until_the_first_line_the_display_is_told_what_the_run_is_at_and_how_long_it_usually_takes(
+    spec, files, tmp_path
+):
+    waits = "folder.latest.joinpath('progress').mkdir(exist_ok=True); "
+    waits += "folder.latest.joinpath('progress/trainer.json').write_text(TOLD); time.sleep(1.5); step(1, 2, 3)"
+    told = {"phase": "start", "doing": "waiting for vLLM", "step": 0}
+    code = f"TOLD = {json.dumps(json.dumps(told))}; {waits}"
+    first, again = Seen(), Seen()
+    local.run_one(spec, files, tmp_path / "runs", "cpu", Here(code), first)
+    assert [start.usual for start in first.starts] == [None] * len(first.starts)
+    assert first.starts[-1].doing == "step 0, waiting for vLLM"
+    assert [start.seconds for start in first.starts] == sorted(start.seconds for start in first.starts)
+    assert first.starts[-1].log == run_folder(spec, tmp_path / "runs").latest.resolve() / "log"
+    took = json.loads((run_folder(spec, tmp_path / "runs").latest / local.STARTED).read_text())["seconds"]
+    assert took > 1.5
+    other = replace(spec, seed=2)
+    local.run_one(other, files, tmp_path / "runs", "cpu", Here(code), again)
+    assert {start.usual for start in again.starts} == {took}
 
 
 @pytest.mark.parametrize(
