@@ -29,8 +29,10 @@ _SAID = re.compile(r"(?:so |thus |therefore,? )?(?:the )?(?:final )?answer(?: is
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
+_SENTENCE = re.compile(r"[.!?]\s+\S")
 PROSE_WORDS = 6
-"""Words of at least two letters that make an answer prose; of 8,977 published answers none has so many."""
+"""Words of at least two letters that make an answer prose. An answer with as many has formulas and is one sentence:
+"$f(x)=ax+b$, where $b$ is an arbitrary integer, and $a$ ..." (OlympiadBench)."""
 
 
 def golden_text(value: Any) -> str:
@@ -54,7 +56,7 @@ def no_answer(text: str) -> str | None:
         return f"{text[:60]!r} is a solution with its answer after ####, not the answer: give that alone"
     if found := _CONTROL.search(text):
         return f"{text[:60]!r} has the control character {found[0]!r}, where a backslash may have been lost"
-    if len(_WORD.findall(_COMMAND.sub(" ", text))) >= PROSE_WORDS:
+    if len(_WORD.findall(_COMMAND.sub(" ", text))) >= PROSE_WORDS and (_SENTENCE.search(text) or "$" not in text):
         return f"{text[:60]!r} is prose, and no response is equal to it: give the answer alone"
     try:
         text.encode()

@@ -686,7 +686,10 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "parquet of a wrong schema": (
         other_schema,
-        ["data/train.parquet has no column 'data_source'; found: question, answer", "data_prep/schema.py"],
+        [
+            "data/train.parquet has no column 'data_source', 'prompt', 'reward_model'; found: question, answer",
+            "Expected:",
+        ],
     ),
     "no parquet at all": (
         lambda own: (own / "data" / "train.parquet").write_text("a,b\n"),

@@ -115,6 +115,7 @@ def test_export_overwrites_nothing_and_knows_its_types(tmp_path: Path):
     with pytest.raises(ValueError, match="--dtype int8 is not one of auto, float32"):
         export.export(checkpoint, tmp_path / "out", dtype="int8")
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
     with pytest.raises(ValueError, match="exists already"):
         export.export(checkpoint, tmp_path / "out")
 

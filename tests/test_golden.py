@@ -114,5 +114,12 @@ def test_what_cannot_be_an_answer_is_refused_with_the_reason(given, why):
         golden_text(given)
 
 
+def test_a_formula_with_its_conditions_is_no_prose_and_a_solution_with_formulas_is():
+    answer = "$f(x)=a x+b$, where $b$ is an arbitrary integer, and $a$ is an arbitrary positive integer"
+    assert golden_text(answer) == answer
+    with pytest.raises(ValueError, match="is prose"):
+        golden_text("We have $x=2$, which gives $y=1$. Adding both of them leads to $3$")
+
+
 def test_words_of_a_text_answer_are_no_prose():
     assert golden_text(r"\text{the circle of radius 2}") == r"\text{the circle of radius 2}"

@@ -480,6 +480,7 @@ def test_the_exact_kl_is_measured_at_the_steps_asked_for_and_at_no_other(monkeyp
     made.block, made.kl = SimpleNamespace(probes=ProbesSpec(exact_every=3)), FORWARD
     made.beta, made.watch, made.config = hook("beta").Beta(FORWARD), hook("watch").Watch(AlarmsSpec()), config(**MICRO)
     made.actor_rollout_wg = SimpleNamespace(set_loss_fn=lambda loss: sent.append(loss.keywords["probe"]))
+    made.progress = hook("progress").of_run(None, "trainer")
     monkeypatch.setattr(trainer.exact, "with_logits", lambda loss, kl, probe: partial(loss, probe=probe))
     monkeypatch.setattr(trainer.PPOTrainerSync, "on_step_begin", lambda self: None)
     made.global_steps = 3  # resumed after a step that measured

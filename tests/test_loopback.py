@@ -22,6 +22,7 @@ def runtime_env(own: dict[str, object] | None = None) -> dict[str, object]:
 
 
 def test_rays_processes_run_the_hook_on_one_machine_only(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KLREG_KL", "kl.yaml")
     monkeypatch.delenv(loopback.VARIABLE, raising=False)
     assert "worker_process_setup_hook" not in runtime_env()
     monkeypatch.setenv(loopback.VARIABLE, "1")

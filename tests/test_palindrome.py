@@ -249,6 +249,7 @@ def test_the_command_line_makes_the_same_files_as_the_function(folder, tmp_path,
     ],
 )
 def test_the_command_line_refuses_with_a_message_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, text):
+    (tmp_path / "mine").write_text("kept")
     with pytest.raises(SystemExit) as stop:
         run_main(monkeypatch, "--out", str(tmp_path), *arguments)
     assert stop.value.code == 2

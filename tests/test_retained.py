@@ -154,7 +154,7 @@ def test_a_run_without_skills_is_told_what_it_always_was(tmp_path: Path):
     spec = only_spec(tmp_path, text=text)
     files = inputs.planned_files(spec, tmp_path / "runs")
     values = overrides.settings(spec, files, "cpu")
-    assert (files.retention, values["data.val_files"], values["trainer.test_freq"]) == ((), str(files.val), -1)
+    assert (files.retention, values["data.val_files"], values["trainer.test_freq"]) == ((), str(files.val), 7)
 
 
 def test_beside_a_reward_of_ones_own_skills_are_graded_by_the_project(tmp_path: Path):

@@ -11,7 +11,8 @@ from klreg_verl.analysis.summary import group_runs
 def table(*rows):
     """Rows of (prompt, response, valid, num_valid)."""
     names = ("prompt", "response", "valid", "num_valid")
-    return pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows])
+    others = {"group": "0", "answer": None}
+    return pa.Table.from_pylist([dict(zip(names, row, strict=True)) | others for row in rows])
 
 
 def shown(folder, **settings):

@@ -41,7 +41,8 @@ def normal(requirement: str) -> str:
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A folder that has what a set-up reads: the lock and pyproject.toml."""
-    for name in ("launch/env/cpu.lock", "pyproject.toml"):
+    names = ("__init__.py", "env/__init__.py", "env/cpu.lock", "env/cpu.hashes", "env/hashes.py")
+    for name in (*(f"launch/{name}" for name in names), "pyproject.toml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     return tmp_path

@@ -14,8 +14,8 @@ from verl_stack import spec
 from klreg_verl.experiment.plan import RunSpec
 from klreg_verl.experiment.settings import LoggingSpec, ModelSpec, ResourcesSpec
 from klreg_verl.experiment.store import run_folder
+from launch import preflight, slurm
 from launch import profile as profiles
-from launch import slurm
 from launch.job_folder import Job, new_folder, place_of
 from launch.profile import Container, Ports, Profile
 
@@ -314,7 +314,7 @@ def test_inputs_are_checked_before_anything_is_built_or_submitted(root: Path, mo
     with pytest.raises(ValueError, match=f"{root}/model"):  # it is empty
         slurm.prepare([given], profile(root, container=image), root / "runs", notes.append)
     assert notes == []
-    monkeypatch.setattr(slurm.preflight, "TESTED", {"no-such-package": "1"})
+    monkeypatch.setattr(preflight, "TESTED", {"no-such-package": "1"})
     with pytest.raises(ValueError, match="no-such-package is not installed"):
         slurm.prepare([given], profile(root), root / "runs", notes.append)
 

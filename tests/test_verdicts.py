@@ -172,6 +172,7 @@ def recipe_spec(path: Path):
 
 def test_plan_status_logs_and_help_import_nothing_heavy(study: Path) -> None:
     run = study.parent / "runs/other/reverse/palindrome/seed1"
+    assert "torch" in klreg("plan", study)[2]  # the doctor is asked for what it says of the arm, once
     for arguments, expected in (
         (("--help",), "doctor"),
         (("plan", study), "1 settings x 1 seeds = 1 runs"),

@@ -7,6 +7,7 @@ there is no CUDA IPC a tensor that is larger than the bucket cannot be sent at a
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from concurrent.futures import Future
 from types import ModuleType
@@ -121,6 +122,7 @@ def keep_the_first_error(module: ModuleType) -> None:
     """
     rebuild = module.rebuild_shared_memory
 
+    @functools.wraps(rebuild)
     def rebuilt(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         tensor, memory = rebuild(*args, **kwargs)
         close = memory.close
