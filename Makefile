@@ -8,8 +8,8 @@
 # make bench   side-by-side measurements     make clean   .venv and caches; never runs/
 #
 # PYTHON=/path/to/python3.11 chooses the Python that .venv is made with.
-# TESTS="tests/test_kl.py -k k3" narrows `make test`. BUDGET=600 ends `make full` within so many seconds: what would take
-# longer is skipped. FIRST="test_study test_jobs" says whose tests come first there.
+# TESTS="tests/test_kl.py -k k3" narrows `make test`, FULL=tests/e2e narrows `make full`. BUDGET=600 ends `make full` within
+# so many seconds: what would take longer is skipped. FIRST="test_study test_jobs" says whose tests come first there.
 
 .PHONY: setup study unit test full test-all lint bench gpu slurm soak clean
 .NOTPARALLEL:
@@ -17,6 +17,7 @@
 PYTHON ?= $(shell python3.11 -c '' >/dev/null 2>&1 && echo python3.11 || echo python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+FULL ?= tests
 # Two tests at a time on two cores, four on more: each process imports the stack.
 UNIT := OMP_NUM_THREADS=1 $(PYTEST) -n logical --maxprocesses=4 --dist worksteal -m "not full" \
 	--ignore=tests/bench --ignore=tests/slurm --ignore=tests/e2e tests
@@ -40,7 +41,7 @@ endif
 
 full: setup
 	@KLREG_SLURM=1 $(PYTEST) -m full $(if $(BUDGET),--budget=$(BUDGET)) --first="$(FIRST)" \
-		--ignore=tests/bench --ignore=tests/slurm/test_job_start.py tests
+		--ignore=tests/bench --ignore=tests/slurm/test_job_start.py $(FULL)
 
 test-all: test full
 

@@ -131,9 +131,10 @@ VICTIMS = {
     "victims",
     [
         pytest.param(["verl_hooks.main"], id="driver"),
-        pytest.param(["ray::WorkerDict", "VLLM::EngineCore"], id="workers", marks=pytest.mark.full(minutes=6)),
+        pytest.param(["ray::WorkerDict", "VLLM::EngineCore"], id="workers"),
     ],
 )
+@pytest.mark.full(minutes=6)  # test_three_starts kills a driver each time
 def test_a_run_whose_processes_are_killed_one_by_one_resumes_and_repeats_what_was_not_saved(
     lab: Lab, victims: list[str]
 ):
